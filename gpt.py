@@ -1,0 +1,405 @@
+"""GPT: the model, whole, in one file that needs only PyTorch.
+
+    from gpt import GPT, GPTConfig
+    model = GPT(GPTConfig(block_size=128, vocab_size=1024, n_layer=4, n_head=4, n_embd=128))
+    logits = model(idx)                          # idx (B, T) token ids -> (B, T, vocab_size)
+    loss = model(idx, targets)                   # mean cross-entropy, nats per token
+    for token in model.generate(idx, 100): ...   # (B,) ids, one step at a time
+
+The architecture is GPT-2's (Radford et al. 2019): a decoder-only transformer (Vaswani et al. 2017,
+"Attention Is All You Need") with LayerNorm before each branch, learned positions and tanh GELU.
+Parameters bear the names of Hugging Face's GPT-2. Shapes in comments: B sequences in a batch,
+T tokens in each, C = n_embd channels.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model; the defaults are GPT-2 124M. Raises ValueError where it makes none."""
+
+    block_size: int = 1024  # longest context, tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # on embeddings and both residual branches
+    attn_dropout: float = 0.0  # on attention weights; above 0, CPUs lose the fused kernel
+    bias: bool = True  # in Linear and LayerNorm
+    tie_weights: bool = True  # lm_head shares the token embedding
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type and not (field.type is float and type(value) is int):
+                raise ValueError(f"{field.name} must be {field.type.__name__}, not {value!r}")
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} must be 1 or more, not {value}")
+            if field.type is float and not 0 <= value < 1:
+                raise ValueError(f"{field.name} must be at least 0 and below 1, not {value}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def attention_weights(q, k):
+    """softmax(Q Kᵀ / √d_k + M): how much each token takes from each token before it.
+
+    q and k are (B, n_head, T, head_size); the result is (B, n_head, T, T), rows sum to 1.
+    M is the causal mask, -inf on the future (Vaswani et al. 2017, equation 1 and section 3.2.3).
+    """
+    T = q.size(-2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, n_head, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return F.softmax(scores.masked_fill(future, -math.inf), dim=-1)
+
+
+def causal_attention(q, k, v):
+    """Attention written out; the model uses PyTorch's fused kernel, which computes the same."""
+    return attention_weights(q, k) @ v  # (B, n_head, T, head_size)
+
+
+class KVCache:
+    """Keys and values of the tokens a model has read, so that a new token costs one short step.
+
+    Memory: 2 · n_layer · batch_size · length · n_embd numbers.
+    """
+
+    def __init__(self, model, batch_size, length):
+        config, weight = model.config, model.transformer.wte.weight
+        shape = (2, batch_size, config.n_head, length, config.n_embd // config.n_head)
+        self.layers = [weight.new_empty(shape) for _ in range(config.n_layer)]
+        self.position = 0  # tokens read so far; hidden() moves it on
+
+    def extend(self, layer, k, v):
+        """Stores k and v (B, n_head, T, head_size) of new tokens; returns those of all tokens."""
+        end = self.position + k.size(2)
+        keys_values = self.layers[layer]
+        keys_values[0, :, :, self.position : end] = k
+        keys_values[1, :, :, self.position : end] = v
+        return keys_values[:, :, :, :end]  # (2, B, n_head, end, head_size)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token asks (q) all tokens up to itself (k) and takes a mean of what they offer (v)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.layer = config.n_head, layer
+        self.dropout, self.attn_dropout = config.dropout, config.attn_dropout
+
+    def heads(self, x):
+        """x (B, T, C) -> q, k, v, each (B, n_head, T, head_size): views, nothing is copied."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.heads(x)
+        mask, is_causal = None, T > 1  # one token alone may look at everything there is
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+            if T > 1 and cache.position > 0:  # several tokens behind a cache: is_causal would
+                S = k.size(2)  # align the mask with the cache's first token, not with its last
+                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+                is_causal = False
+        dropout = self.attn_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+# --- the transformer ------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """What a token does with what it has gathered: four times wider, GELU, and back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each reads the residual stream through a LayerNorm and adds to it."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Token ids in, logits of each next token out. See the top of this file for its use."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 n_layer branches add up in the residual stream
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.tie_weights()
+
+    @staticmethod
+    def _init_weights(module):
+        """N(0, 0.02) and zero biases (Radford et al. 2018, section 4.1)."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def tie_weights(self):
+        """Makes lm_head and wte one tensor again, where the config has them so."""
+        if self.config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def hidden(self, idx, cache=None):
+        """idx (B, T) int64 -> (B, T, n_embd) after the final LayerNorm: what any head builds on.
+
+        With a KVCache, idx are the tokens after those the cache has; it learns them too.
+        Raises ValueError where tokens would stand beyond block_size.
+        """
+        start = cache.position if cache is not None else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.position = end
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T) -> scalar loss in nats.
+
+        The loss is the mean over targets that are not -100 (nan where all are).
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x)
+        return next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        stop_token=None,
+        generator=None,
+    ):
+        """Continues idx (B, T), yielding the next token of every sequence, (B,) int64, each step.
+
+        temperature 0 takes the likeliest token; otherwise logits are divided by it and, of the
+        top_k likeliest, and of the likeliest that together reach probability top_p, one is drawn
+        by generator. A sequence that has met stop_token goes on yielding it; the iterator ends
+        when all have, or after max_new_tokens. All of it at once, as (B, n):
+        torch.stack(list(model.generate(idx, n)), dim=1). Call eval() first, or dropout is on.
+
+        Learned positions cannot slide: when the context is full, the model reads the last half
+        of it again, as if the text began there, and goes on. Longer prompts keep their end.
+        """
+        block_size = self.config.block_size
+        text = new = idx[:, -block_size:]
+        cache = KVCache(self, idx.size(0), min(block_size, text.size(1) + max_new_tokens))
+        stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
+        for _ in range(max_new_tokens):
+            if cache.position == block_size:
+                cache.position, new = 0, text[:, -max(1, block_size // 2) :]
+            logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, vocab_size)
+            token = sample(logits, temperature, top_k, top_p, generator)
+            if stop_token is not None:
+                token = token.masked_fill(stopped, stop_token)
+                stopped = token == stop_token
+            yield token
+            if stop_token is not None and stopped.all():
+                return
+            new = token[:, None]
+            text = torch.cat([text, new], dim=1)[:, -block_size:]
+
+    @torch.no_grad()
+    def attention_maps(self, idx):
+        """idx (B, T) -> (n_layer, B, n_head, T, T): who looks at whom, by the written-out formula.
+
+        Call eval() first, or dropout is on.
+        """
+        maps, x = [], self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
+        for block in self.transformer.h:
+            q, k, _ = block.attn.heads(block.ln_1(x))
+            maps.append(attention_weights(q, k))
+            x = block(x)
+        return torch.stack(maps)
+
+    def num_params(self):
+        """Parameters without the position table, as nanoGPT counts; shared ones count once."""
+        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+
+    @torch.no_grad()
+    def resize_vocab(self, vocab_size):
+        """Crops the vocabulary to its first vocab_size tokens, or grows it by random new ones.
+
+        Parameters are replaced: make optimizers after this.
+        """
+        kept = min(vocab_size, self.config.vocab_size)
+        for module in (self.transformer.wte, self.lm_head):
+            weight = module.weight.new_empty(vocab_size, self.config.n_embd).normal_(std=0.02)
+            weight[:kept] = module.weight[:kept]
+            module.weight = nn.Parameter(weight)
+        self.transformer.wte.num_embeddings = self.lm_head.out_features = vocab_size
+        self.config.vocab_size = vocab_size
+        self.tie_weights()
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """The model in what load_checkpoint returned: eval mode, CPU, sharing its tensors.
+
+        Raises ValueError where tensors and config do not fit together.
+        """
+        config, weights = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+        if config.n_layer > len(weights):
+            raise ValueError(f"config has n_layer {config.n_layer} but there are fewer tensors")
+        with torch.device("meta"):  # the shapes alone: no memory, no random numbers
+            model = cls(config)
+        try:
+            model.load_state_dict(weights, assign=True)
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(f"weights do not fit their config: {' '.join(str(error).split())}")
+        model.tie_weights()
+        return model.eval()
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def next_token_loss(x, weight, targets):
+    """Mean cross-entropy, in nats, of logits = x weightᵀ over the targets that are not -100.
+
+    x (N, C), weight (vocab_size, C), targets (N,). GPT-2's vocabulary makes the logits the largest
+    tensor of all; then they are formed, and their gradient with them, 512 rows at a time.
+    """
+    if weight.size(0) < 8192:  # small: the plain way is faster
+        return F.cross_entropy(F.linear(x, weight), targets)
+    if torch.is_autocast_enabled(x.device.type):  # the fused function does not look at autocast
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
+    return F.linear_cross_entropy(x, weight, targets, options=options)
+
+
+# --- choosing the next token: pure functions on logits (B, vocab_size) -----------------------------
+
+
+def keep_top_k(logits, k):
+    """All but the k largest logits become -inf: exactly k stay, also where some are equal."""
+    values, tokens = logits.topk(min(k, logits.size(-1)))
+    return torch.full_like(logits, -math.inf).scatter(-1, tokens, values)
+
+
+def keep_top_p(logits, p):
+    """Keeps the fewest likeliest tokens whose probability reaches p (Holtzman et al. 2020)."""
+    values, tokens = logits.sort(descending=True)
+    probs = F.softmax(values, dim=-1)
+    before = probs.cumsum(-1) - probs  # probability of all likelier tokens: 0 for the first
+    return torch.full_like(logits, -math.inf).scatter(
+        -1, tokens, values.masked_fill(before >= p, -math.inf)
+    )
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """One token id for each row: logits (B, vocab_size) -> (B,) int64. See GPT.generate."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None and top_p < 1:
+        logits = keep_top_p(logits, top_p)
+    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def save_checkpoint(path, model, **extra):
+    """Writes model, its config and extra (plain types and tensors) to path, all or nothing.
+
+    The file is complete under a temporary name before it takes the old one's place.
+    """
+    path = pathlib.Path(path)
+    checkpoint = {"format": 1, "config": asdict(model.config), "model": model.state_dict(), **extra}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            os.fsync(file.fileno())
+    except BaseException as error:  # a full disk reaches us as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, RuntimeError):
+            raise OSError(f"{path} could not be written: {error}") from error
+        raise
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote: {"config", "model", ...}, tensors on the CPU.
+
+    path is a file or a run's folder (its best.pt, or last.pt while there is none). Nothing in the
+    file is executed. Raises FileNotFoundError, or ValueError where it is not such a checkpoint.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        names = [path / "best.pt", path / "last.pt"]
+        path = next((name for name in names if name.exists()), names[0])
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes one")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a checkpoint, or damaged ({str(error).splitlines()[0]})"
+        ) from error
+    ours = isinstance(checkpoint, dict) and checkpoint.get("format") == 1
+    if not ours or not all(isinstance(checkpoint.get(k), dict) for k in ("config", "model")):
+        raise ValueError(f"{path}: not a checkpoint of this project (format 1)")
+    return checkpoint

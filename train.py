@@ -1,0 +1,594 @@
+"""Trains a GPT on what prepare_data.py has written.
+
+    python train.py                                        # a small GPT on Python's manual
+    python train.py --data=data/book --out_dir=out/book    # on your text
+    python train.py --init_from=resume                     # goes on where a run was stopped
+    python train.py --init_from=out/book --data=data/more --out_dir=out/more   # from its weights
+    python train.py --eval_only --init_from=out            # the validation loss of a checkpoint
+
+The loop: batch -> loss -> gradients -> clip -> AdamW, evaluated now and then. A run writes
+out_dir/last.pt (all that is needed to go on), best.pt (the model with the lowest validation loss,
+for sample.py) and metrics.csv. The same seed, machine and number of threads give the same bits,
+also when a run is stopped and resumed.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import math
+import pathlib
+import signal
+import time
+import typing
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+import torch
+
+import prepare_data
+from gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from prepare_data import ArgumentParser, open_data, script
+
+# --- what can be set ------------------------------------------------------------------------------
+
+
+def option(default, help, fixed=False, least=None):
+    """A field of a config, and a flag. A fixed one cannot change when a run is resumed."""
+    least = (1 if type(default) is int else 0) if least is None else least
+    return field(default=default, metadata={"help": help, "fixed": fixed, "least": least})
+
+
+@dataclass
+class TrainConfig:
+    data: str = option("data", "folder written by prepare_data.py")
+    out_dir: str = option("out", "folder for checkpoints and metrics.csv")
+    init_from: str = option("scratch", "scratch, resume, or a checkpoint whose weights to take")
+    eval_only: bool = option(False, "only print the validation loss")
+    # the model: see GPTConfig
+    n_layer: int = option(2, "transformer blocks", fixed=True)
+    n_head: int = option(4, "attention heads in a block", fixed=True)
+    n_embd: int = option(128, "width of the residual stream", fixed=True)
+    block_size: int = option(128, "context, tokens", fixed=True)
+    dropout: float = option(0.0, "on embeddings and residual branches", fixed=True)
+    attn_dropout: float = option(0.0, "on attention weights", fixed=True)
+    bias: bool = option(True, "biases in Linear and LayerNorm", fixed=True)
+    tie_weights: bool = option(True, "the output head shares the token embedding", fixed=True)
+    # a step sees batch_size * gradient_accumulation_steps * block_size tokens
+    batch_size: int = option(6, "windows in a micro-batch", fixed=True)
+    gradient_accumulation_steps: int = option(1, "micro-batches in a step", fixed=True)
+    seed: int = option(1337, "of weights, batches and dropout", fixed=True, least=0)
+    # AdamW, with warmup and cosine decay
+    max_iters: int = option(3000, "steps")
+    learning_rate: float = option(4e-3, "the highest, at the end of warmup")
+    min_lr: float | None = option(None, "the lowest, in the last step (default: a tenth of it)")
+    warmup_iters: int = option(100, "steps in which the learning rate rises", least=0)
+    lr_decay_iters: int | None = option(None, "steps until min_lr (default: max_iters)", least=1)
+    weight_decay: float = option(0.1, "of matrices, not of biases and LayerNorm", fixed=True)
+    beta1: float = option(0.9, "AdamW's memory of the gradient", fixed=True)
+    beta2: float = option(0.95, "AdamW's memory of its square", fixed=True)
+    grad_clip: float = option(1.0, "the highest norm of the gradient (0: any)")
+    # what is seen of it
+    eval_interval: int = option(500, "steps between evaluations, each of which saves")
+    eval_iters: int = option(200, "batches in an evaluation, at most")
+    log_interval: int = option(100, "steps between lines of output")
+    # the machine
+    device: str | None = option(None, "cpu, cuda, mps (default: the best there is)")
+    dtype: str | None = option(None, "float32, bfloat16, float16 (default: the device's best)")
+    compile: bool | None = option(None, "use torch.compile (default: on CUDA)")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, kinds, least = getattr(self, f.name), kinds_of(f), f.metadata["least"]
+            if float in kinds and type(value) is int:
+                value = float(value)
+            if type(value) not in kinds:
+                raise ValueError(f"{f.name} must be {kinds[0].__name__}, not {value!r}")
+            if type(value) in (int, float) and not least <= value < math.inf:
+                raise ValueError(f"{f.name} must be {least} or more, not {value}")
+
+
+def kinds_of(config_field):
+    """The types that a field takes: int | None -> (int, NoneType)."""
+    return typing.get_args(config_field.type) or (config_field.type,)
+
+
+def parse_flags(config_class, description, argv):
+    """argv -> {name: value} of the flags that are given. There is a flag for each field."""
+    parser = ArgumentParser(description)
+    for f in fields(config_class):
+        kind = kinds_of(f)[0]
+        as_flag = {"type": kind, "metavar": kind.__name__.upper()}
+        if kind is bool:
+            as_flag = {"type": parse_bool, "metavar": "BOOL", "nargs": "?", "const": True}
+        shown = "" if f.default is None else f" (default: {f.default})"
+        parser.add_argument(
+            f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **as_flag
+        )
+    return vars(parser.parse_args(argv))
+
+
+def parse_bool(text):
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
+    return text == "True"
+
+
+def merge_flags(config_class, checkpoint, flags, path):
+    """The config of a resumed run: the saved one, with those flags that may change in mid-run."""
+    try:
+        saved = config_class(**checkpoint["train_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a run that can be resumed ({error!r})")
+    for f in fields(config_class):
+        before = getattr(saved, f.name)
+        if f.metadata["fixed"] and flags.get(f.name, before) != before:
+            raise ValueError(f"{path} has {f.name}={before}, not --{f.name}={flags[f.name]}")
+    return dataclasses.replace(saved, **flags)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+class Windows:
+    """All windows of block_size + 1 tokens in a split, as an endless, reproducible sequence.
+
+    Every epoch cuts the tokens anew, at a phase of its own, and shuffles the windows, so each is
+    seen once an epoch. The n-th window depends on seed and n alone: a run can resume at any step,
+    and several processes can share the work, without anything being remembered.
+    """
+
+    def __init__(self, arrays, block_size, seed=0):
+        self.arrays, self.block_size, self.seed = arrays, block_size, seed
+        self.starts = np.cumsum([0, *map(len, arrays)])  # where each shard begins
+        self.tokens = int(self.starts[-1])
+        # one less than fit where there are several, which leaves room to shift them
+        self.per_epoch = max(1, (self.tokens - 1) // block_size - 1)
+        self.epoch = None
+
+    def read(self, start):
+        """The block_size + 1 tokens from position start, int64, also across shards."""
+        end, parts = start + self.block_size + 1, []
+        for i in range(np.searchsorted(self.starts, start, side="right") - 1, len(self.arrays)):
+            parts.append(self.arrays[i][max(0, start - self.starts[i]) : end - self.starts[i]])
+            if end <= self.starts[i + 1]:
+                break
+        return np.concatenate(parts).astype(np.int64)
+
+    def shuffle(self, epoch):
+        rng = np.random.default_rng([self.seed, epoch])
+        slack = self.tokens - 1 - self.per_epoch * self.block_size
+        self.phase = int(rng.integers(min(slack + 1, self.block_size)))
+        self.order = rng.permutation(np.arange(self.per_epoch, dtype=np.uint32))
+        self.epoch = epoch
+
+    def batch(self, first, count):
+        """Windows first ... first + count - 1 of the sequence -> idx, targets, (count, T) each."""
+        windows = []
+        for n in range(first, first + count):
+            epoch, i = divmod(n, self.per_epoch)
+            if epoch != self.epoch:
+                self.shuffle(epoch)
+            windows.append(self.read(self.phase + int(self.order[i]) * self.block_size))
+        return split_targets(windows)
+
+    def fixed_batches(self, batch_size, most):
+        """The same batches each time: at most `most`, spread evenly, of windows apart."""
+        n = (self.tokens - 1) // self.block_size
+        chosen = np.linspace(0, n - 1, min(n, most * batch_size)).astype(int)
+        for i in range(0, len(chosen), batch_size):
+            picked = chosen[i : i + batch_size]
+            yield split_targets([self.read(int(w) * self.block_size) for w in picked])
+
+
+def split_targets(windows):
+    """Windows of T + 1 tokens -> idx, targets (B, T): each target is the token after its idx."""
+    batch = torch.from_numpy(np.stack(windows))
+    return batch[:, :-1], batch[:, 1:]
+
+
+def micro_batches_of(step, accumulation, rank=0, world_size=1):
+    """The numbers of a process's micro-batches in a step: together, the processes do the same
+    global batch that one process would with world_size times the accumulation."""
+    first = (step * world_size + rank) * accumulation
+    return range(first, first + accumulation)
+
+
+def seed_dropout(seed, step, rank=0):
+    """Makes dropout, too, depend on the step alone."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+class Machine:
+    """Device and precision of a run, checked against what is there."""
+
+    def __init__(self, config):
+        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        try:
+            self.device = torch.device(config.device or best)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"device {config.device} is not available here ({reason})")
+        cuda = self.device.type == "cuda"
+        dtypes = ["float32", "float16"]
+        if not cuda or torch.cuda.is_bf16_supported():
+            dtypes.append("bfloat16")
+        name = config.dtype or (dtypes[-1] if cuda else "float32")
+        if name not in dtypes:
+            raise ValueError(f"dtype {name} is not available on {self.device}: {', '.join(dtypes)}")
+        self.dtype = getattr(torch, name)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "float16")
+        self.compile = cuda if config.compile is None else config.compile
+        torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+
+    def __str__(self):
+        return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"
+
+    def autocast(self):
+        """float32 stays float32; otherwise matrix products are done in the shorter type."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
+
+    def put(self, *tensors):
+        """The tensors on the device; CUDA copies them while other work goes on."""
+        if self.device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+def configure_optimizer(model, learning_rate, weight_decay, betas):
+    """AdamW (Loshchilov & Hutter 2019); weights decay where they are matrices, and only there."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def learning_rate_at(step, config):
+    """Rises linearly for warmup_iters steps, then falls along a cosine to min_lr.
+
+    Step warmup_iters has learning_rate, step lr_decay_iters - 1 and all after it have min_lr.
+    """
+    highest = config.learning_rate
+    lowest = highest / 10 if config.min_lr is None else config.min_lr
+    if step < config.warmup_iters:
+        return highest * (step + 1) / (config.warmup_iters + 1)
+    last = (config.lr_decay_iters or config.max_iters) - 1
+    done = min(1, (step - config.warmup_iters) / max(1, last - config.warmup_iters))
+    return lowest + (highest - lowest) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def mean_loss(model, machine, batches):
+    """Mean loss per target, in nats, with dropout off."""
+    total = count = 0
+    model.eval()
+    for idx, targets in batches:
+        with machine.autocast():
+            total += model(*machine.put(idx, targets)).item() * targets.numel()
+        count += targets.numel()
+    model.train()
+    return total / count
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sole_owner(folder):
+    """Makes the folder, and holds it so that no second run writes there at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl  # Windows has none, and no such guard
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            raise ValueError(f"--out_dir={folder}: another run is writing there")
+        yield
+
+
+def set_aside(folder):
+    """Moves the files of an earlier run to folder/previous, where the next one will not be mixed
+    up with them."""
+    earlier = [folder / name for name in ("last.pt", "best.pt", "metrics.csv")]
+    earlier = [path for path in earlier if path.exists()]
+    if earlier:
+        print(f"an earlier run in {folder} is kept in {folder / 'previous'}")
+        (folder / "previous").mkdir(exist_ok=True)
+        for path in earlier:
+            path.replace(folder / "previous" / path.name)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collects Ctrl-C and SIGTERM, so that a step is finished first; a second one is at once."""
+    caught = []
+
+    def catch(number, frame):
+        signal.signal(number, earlier[number])
+        caught.append(number)
+
+    earlier = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def clock(seconds):
+    """
+    >>> clock(75), clock(3700)
+    ('1:15', '1:01:40')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Trainer:
+    """The loop that every kind of training shares.
+
+    model(*tensors) is the loss; micro_batch(n) gives the tensors of the run's n-th micro-batch,
+    idx (B, T) first; evaluate() gives {"val_loss": ..., more metrics}; extra goes into every
+    checkpoint; bits_per_byte is what one nat per token amounts to. saved is the checkpoint to
+    resume from, whose weights the model has already.
+    """
+
+    def __init__(
+        self, config, machine, model, micro_batch, evaluate, extra, bits_per_byte, saved=None
+    ):
+        self.config, self.machine, self.model, self.extra = config, machine, model, extra
+        self.micro_batch, self.evaluate = micro_batch, evaluate
+        self.bits_per_byte = bits_per_byte
+        self.out_dir = pathlib.Path(config.out_dir)
+        betas = (config.beta1, config.beta2)
+        self.optimizer = configure_optimizer(
+            model, config.learning_rate, config.weight_decay, betas
+        )
+        self.forward = torch.compile(model) if machine.compile else model
+        self.state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
+        if saved:
+            self.restore(saved)
+        self.metrics = Metrics(self.out_dir / "metrics.csv", self.state["step"])
+        self.logged = dict(self.state)  # at the last line of output
+        self.losses = []  # of the steps since then
+
+    def restore(self, saved):
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.machine.scaler.load_state_dict(saved["scaler"])
+            self.state = {name: type(v)(saved["state"][name]) for name, v in self.state.items()}
+            threads = saved["threads"]
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.out_dir / 'last.pt'}: damaged training state ({error!r})")
+        if threads != torch.get_num_threads():
+            print(
+                f"note: the run had {threads} threads and now has {torch.get_num_threads()}, so it "
+                "will not be the same bit for bit; the variable OMP_NUM_THREADS sets them"
+            )
+
+    def run(self):
+        """Trains to max_iters, or until a signal asks to stop."""
+        config, state = self.config, self.state
+        with stop_signals() as stop:
+            while state["step"] < config.max_iters and not stop:
+                self.take_step()
+                if state["step"] % config.eval_interval == 0 or state["step"] == config.max_iters:
+                    metrics = self.evaluate()
+                    self.log(**metrics)
+                    self.save(metrics["val_loss"])
+                elif state["step"] % config.log_interval == 0:
+                    self.log()
+        if stop:
+            self.save()
+            print(f"stopped after step {state['step']}; --init_from=resume goes on from there")
+            raise SystemExit(128 + stop[0])
+
+    def take_step(self):
+        """One update of the weights; ValueError, and none, where a number is not finite."""
+        config, state, scaler = self.config, self.state, self.machine.scaler
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(state["step"], config)
+        seed_dropout(config.seed, state["step"])
+        loss = 0.0
+        for n in micro_batches_of(state["step"], config.gradient_accumulation_steps):
+            tensors = self.machine.put(*self.micro_batch(n))
+            with self.machine.autocast():
+                part = self.forward(*tensors) / config.gradient_accumulation_steps
+            scaler.scale(part).backward()
+            loss += part.item()
+            state["tokens"] += tensors[0].numel()
+        scaler.unscale_(self.optimizer)
+        limit = config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise ValueError(
+                f"step {state['step']}: stopped, the loss is {loss} and the gradient's norm {norm};"
+                " checkpoints are from before; a lower --learning_rate may help"
+            )
+        scaler.step(self.optimizer)  # leaves the weights alone where float16 has overflowed
+        scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss)
+        self.norm = norm
+        state["step"] += 1
+        state["seconds"] += time.perf_counter() - start
+
+    def log(self, **metrics):
+        """A line of output and a row of metrics.csv, about the steps since the last one."""
+        state, loss = self.state, sum(self.losses) / len(self.losses)
+        seconds = state["seconds"] - self.logged["seconds"]
+        tokens_per_s = (state["tokens"] - self.logged["tokens"]) / seconds
+        self.metrics.add(
+            {
+                "step": state["step"],
+                "tokens": state["tokens"],
+                "seconds": round(state["seconds"], 3),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "train_loss": loss,
+                "grad_norm": self.norm,
+                "tokens_per_s": round(tokens_per_s),
+                **metrics,
+            }
+        )
+        left = (self.config.max_iters - state["step"]) * seconds / len(self.losses)
+        print(
+            f"step {state['step']:5}/{self.config.max_iters}  loss {loss:.3f}",
+            f"{loss * self.bits_per_byte:.3f} bits/byte",
+            f"{tokens_per_s:,.0f} tokens/s",
+            f"{clock(left)} left",
+            *(f"{name} {value:.4f}" for name, value in metrics.items()),
+            sep="  ",
+            flush=True,
+        )
+        self.logged, self.losses = dict(state), []
+
+    def save(self, val_loss=math.inf):
+        """best.pt where the validation loss has never been lower; always last.pt, with all that
+        the next step depends on."""
+        if val_loss < self.state["best_val_loss"]:
+            self.state["best_val_loss"] = val_loss
+            save_checkpoint(self.out_dir / "best.pt", self.model, state=self.state, **self.extra)
+        save_checkpoint(
+            self.out_dir / "last.pt",
+            self.model,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.machine.scaler.state_dict(),
+            state=self.state,
+            train_config=asdict(self.config),
+            threads=torch.get_num_threads(),
+            **self.extra,
+        )
+
+
+class Metrics:
+    """out_dir/metrics.csv, a row at a time; of an earlier file, the rows up to step stay."""
+
+    COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "val_bpb")
+    COLUMNS += ("grad_norm", "tokens_per_s")
+
+    def __init__(self, path, step):
+        rows = []
+        if step and path.exists():
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
+                rows = list(csv.DictReader(file, restval=""))
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.COLUMNS).writeheader()
+        self.path = temporary
+        for row in rows:
+            if row.get("step", "").isdecimal() and int(row["step"]) <= step:
+                self.add({name: row.get(name) for name in self.COLUMNS})
+        self.path = temporary.replace(path)
+
+    def add(self, row):
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.COLUMNS).writerow(row)
+
+
+# --- pretraining ----------------------------------------------------------------------------------
+
+
+def load_data(config, flags):
+    """The data folder; the default one is made where it is missing."""
+    if "data" not in flags and not pathlib.Path(config.data, "meta.json").exists():
+        print("no data/ yet: preparing the default, the manual that comes with Python")
+        prepare_data.main([])
+    meta = open_data(config.data)
+    tokens = meta["splits"]["train"]["tokens"]
+    if tokens <= config.block_size:
+        raise ValueError(
+            f"{config.data}: {tokens} tokens to train on do not fill one window of block_size + 1 "
+            f"= {config.block_size + 1}; use more text or a smaller --block_size"
+        )
+    return meta
+
+
+def make_model(config, flags, meta, checkpoint):
+    """A new model, or that of a checkpoint, which must go with the flags and the data."""
+    names = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
+    if checkpoint is None:
+        torch.manual_seed(config.seed)
+        return GPT(
+            GPTConfig(vocab_size=meta["vocab_size"], **{n: getattr(config, n) for n in names})
+        )
+    if checkpoint.get("tokenizer") != meta["tokenizer"]:
+        raise ValueError(f"{config.data} is encoded with another tokenizer than {config.init_from}")
+    model = GPT.from_checkpoint(checkpoint)
+    for name in names:
+        has = getattr(model.config, name)
+        if name in flags and "dropout" not in name and flags[name] != has:
+            raise ValueError(f"{config.init_from} has {name}={has}, not --{name}={flags[name]}")
+    return model
+
+
+def evaluate(config, machine, model, split):
+    """Loss in nats per token and in bits per byte of text, on the same windows every time."""
+    windows = Windows(split["arrays"], min(config.block_size, split["tokens"] - 1))
+    loss = mean_loss(model, machine, windows.fixed_batches(config.batch_size, config.eval_iters))
+    return {"val_loss": loss, "val_bpb": loss * bits_per_byte(split)}
+
+
+def bits_per_byte(split):
+    """What one nat per token is in bits per byte, the unit in which tokenizers compare."""
+    return split["tokens"] / split["bytes"] / math.log(2)
+
+
+@script
+def main(argv=None):
+    flags = parse_flags(TrainConfig, __doc__, argv)
+    config, checkpoint, resumed = TrainConfig(**flags), None, None
+    out_dir = pathlib.Path(config.out_dir)
+    if config.init_from == "resume":
+        checkpoint = resumed = load_checkpoint(out_dir / "last.pt")
+        config = merge_flags(TrainConfig, resumed, flags, out_dir / "last.pt")
+    elif config.init_from != "scratch":
+        checkpoint = load_checkpoint(config.init_from)
+    machine = Machine(config)
+    meta = load_data(config, flags)
+    if resumed and resumed["data_digest"] != meta["digest"]:
+        raise ValueError(f"{config.data}: not the text that {out_dir} was trained on")
+    model = make_model(config, flags, meta, checkpoint).to(machine.device).train()
+    train_split, val_split = meta["splits"]["train"], meta["splits"]["val"]
+    windows = Windows(train_split["arrays"], model.config.block_size, config.seed)
+    batch = config.batch_size * config.gradient_accumulation_steps
+    print(
+        f"{model.num_params():,} parameters; {train_split['tokens']:,} tokens, seen "
+        f"{config.max_iters * batch / windows.per_epoch:.1f} times; on {machine}"
+    )
+    if config.eval_only:
+        print(evaluate(config, machine, model, val_split))
+        return
+    with sole_owner(out_dir):
+        if not resumed:
+            set_aside(out_dir)
+        elif resumed["state"]["step"] >= config.max_iters:
+            print(f"{out_dir} is trained to step {config.max_iters}; --max_iters=N goes further")
+        Trainer(
+            config,
+            machine,
+            model,
+            micro_batch=lambda n: windows.batch(n * config.batch_size, config.batch_size),
+            evaluate=lambda: evaluate(config, machine, model, val_split),
+            extra={"tokenizer": meta["tokenizer"], "data_digest": meta["digest"]},
+            bits_per_byte=bits_per_byte(train_split),
+            saved=resumed,
+        ).run()
+
+
+if __name__ == "__main__":
+    main()
