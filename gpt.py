@@ -290,20 +290,24 @@ class GPT(nn.Module):
         self.tie_weights()
 
     @classmethod
-    def from_checkpoint(cls, checkpoint):
+    def from_checkpoint(cls, checkpoint, **changes):
         """The model in what load_checkpoint returned: eval mode, CPU, sharing its tensors.
 
-        Raises ValueError where tensors and config do not fit together.
+        changes override its config, say dropout. Raises ValueError where weights do not fit it.
         """
-        config, weights = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+        try:
+            config = GPTConfig(**{**checkpoint["config"], **changes})
+        except TypeError as error:
+            raise ValueError(f"unknown config: {error}") from error
+        weights = checkpoint["model"]
         if config.n_layer > len(weights):
             raise ValueError(f"config has n_layer {config.n_layer} but there are fewer tensors")
-        with torch.device("meta"):  # the shapes alone: no memory, no random numbers
-            model = cls(config)
         try:
+            with torch.device("meta"):  # the shapes alone: no memory, no random numbers
+                model = cls(config)
             model.load_state_dict(weights, assign=True)
-        except (RuntimeError, AttributeError) as error:
-            raise ValueError(f"weights do not fit their config: {' '.join(str(error).split())}")
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise ValueError(f"weights do not fit their config: {error}") from error
         model.tie_weights()
         return model.eval()
 
@@ -354,7 +358,28 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         logits = keep_top_k(logits, top_k)
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
-    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
+    probs = F.softmax(logits, dim=-1)
+    if probs.isnan().any():
+        raise ValueError("the model's logits are not finite: its weights are damaged")
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def pick_device(name=None):
+    """ "cpu", "cuda:1", "mps" ... or None for the best there is -> torch.device, tried out.
+
+    Raises ValueError where it is not to be had.
+    """
+    name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0][:90]
+        raise ValueError(f"device {name} is not available here ({reason})") from error
+    return device
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -376,7 +401,7 @@ def save_checkpoint(path, model, **extra):
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, RuntimeError):
-            raise OSError(f"{path} could not be written: {error}") from error
+            raise OSError(f"{path} could not be written; is the disk full?") from error
         raise
     os.replace(temporary, path)
 
@@ -399,7 +424,7 @@ def load_checkpoint(path):
         raise ValueError(
             f"{path}: not a checkpoint, or damaged ({str(error).splitlines()[0]})"
         ) from error
-    ours = isinstance(checkpoint, dict) and checkpoint.get("format") == 1
-    if not ours or not all(isinstance(checkpoint.get(k), dict) for k in ("config", "model")):
-        raise ValueError(f"{path}: not a checkpoint of this project (format 1)")
-    return checkpoint
+    match checkpoint:
+        case {"format": int(version), "config": dict(), "model": dict()} if version == 1:
+            return checkpoint
+    raise ValueError(f"{path}: not a checkpoint of this project (format 1)")

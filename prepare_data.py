@@ -41,6 +41,7 @@ FORMAT = 1  # of the data folder
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 SHARD_TOKENS = 100_000_000
+READ_BYTES = 1 << 20
 PIECE_CHARS = 1 << 16  # long documents go through the tokenizer in pieces of about this length
 
 # --- what the scripts share: flags, errors, progress ----------------------------------------------
@@ -70,11 +71,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def count(text):
-    """An argparse type: a whole number from 1 on, underscores allowed."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return number
+    """An argparse type: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
 
 
 def script(main):
@@ -93,9 +93,10 @@ def script(main):
         except KeyboardInterrupt:
             raise SystemExit(130)
         except (ValueError, OSError) as error:
-            known = isinstance(error, OSError) and error.filename and error.strerror
-            message = f"{error.filename}: {error.strerror}" if known else str(error)
-            print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+            message = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                message = ": ".join(filter(None, (error.filename, error.strerror)))
+            print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
             raise SystemExit(2)
 
     return run
@@ -197,7 +198,7 @@ def split_file(path, separator):
     separator = separator.encode()
     buffer, offset, searched = bytearray(), 0, 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(READ_BYTES):
             buffer += block
             start = 0
             while (end := buffer.find(separator, max(start, searched))) >= 0:
@@ -688,7 +689,7 @@ def choose_tokenizer(args, corpus):
     if len(ranks) < vocab_size:
         if args.vocab_size:
             raise ValueError(f"--vocab_size={vocab_size}: this text gives only {len(ranks)} tokens")
-        print(f"vocab_size is {len(ranks)}: this text gives no more tokens", file=sys.stderr)
+        print(f"vocab_size is {len(ranks)}: this text gives no more tokens")
     return bpe_spec(ranks)
 
 

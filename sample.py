@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from gpt import GPT, load_checkpoint
+from gpt import GPT, load_checkpoint, pick_device
 from prepare_data import END_OF_TEXT, ArgumentParser, build_tokenizer, count, script
 
 
@@ -110,7 +110,7 @@ def main(argv=None):
     add("--top_k", type=int, default=200, help="choose among the k likeliest tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="... among those that reach probability p")
     add("--seed", type=int, default=1337, help="the same seed writes the same text")
-    add("--device", default="cpu", help="cpu, cuda, mps")
+    add("--device", help="cpu, cuda, mps (default: the best there is)")
     args = parser.parse_args(argv)
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature={args.temperature}: must be 0 or more")
@@ -119,7 +119,7 @@ def main(argv=None):
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p={args.top_p}: must be above 0 and at most 1")
     prompt = None if args.start is None else read_prompt(args.start)
-    model, tokenizer = load(args.init_from, args.device)
+    model, tokenizer = load(args.init_from, pick_device(args.device))
     start = time.perf_counter()
     made = write_samples(model, tokenizer, prompt, args)
     seconds = time.perf_counter() - start

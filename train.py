@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import prepare_data
-from gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from gpt import GPT, GPTConfig, load_checkpoint, pick_device, save_checkpoint
 from prepare_data import ArgumentParser, open_data, script
 
 # --- what can be set ------------------------------------------------------------------------------
@@ -64,9 +64,9 @@ class TrainConfig:
     min_lr: float | None = option(None, "the lowest, in the last step (default: a tenth of it)")
     warmup_iters: int = option(100, "steps in which the learning rate rises", least=0)
     lr_decay_iters: int | None = option(None, "steps until min_lr (default: max_iters)", least=1)
-    weight_decay: float = option(0.1, "of matrices, not of biases and LayerNorm", fixed=True)
-    beta1: float = option(0.9, "AdamW's memory of the gradient", fixed=True)
-    beta2: float = option(0.95, "AdamW's memory of its square", fixed=True)
+    weight_decay: float = option(0.1, "of matrices, not of biases and LayerNorm")
+    beta1: float = option(0.9, "AdamW's memory of the gradient")
+    beta2: float = option(0.95, "AdamW's memory of its square")
     grad_clip: float = option(1.0, "the highest norm of the gradient (0: any)")
     # what is seen of it
     eval_interval: int = option(500, "steps between evaluations, each of which saves")
@@ -138,8 +138,9 @@ class Windows:
     and several processes can share the work, without anything being remembered.
     """
 
-    def __init__(self, arrays, block_size, seed=0):
+    def __init__(self, arrays, block_size, vocab_size, seed=0):
         self.arrays, self.block_size, self.seed = arrays, block_size, seed
+        self.vocab_size = vocab_size
         self.starts = np.cumsum([0, *map(len, arrays)])  # where each shard begins
         self.tokens = int(self.starts[-1])
         # one less than fit where there are several, which leaves room to shift them
@@ -153,7 +154,10 @@ class Windows:
             parts.append(self.arrays[i][max(0, start - self.starts[i]) : end - self.starts[i]])
             if end <= self.starts[i + 1]:
                 break
-        return np.concatenate(parts).astype(np.int64)
+        window = np.concatenate(parts).astype(np.int64)
+        if window.max() >= self.vocab_size:
+            raise ValueError(f"a shard is damaged: token {window.max()} of {self.vocab_size}")
+        return window
 
     def shuffle(self, epoch):
         rng = np.random.default_rng([self.seed, epoch])
@@ -206,13 +210,7 @@ class Machine:
     """Device and precision of a run, checked against what is there."""
 
     def __init__(self, config):
-        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        try:
-            self.device = torch.device(config.device or best)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"device {config.device} is not available here ({reason})")
+        self.device = pick_device(config.device)
         cuda = self.device.type == "cuda"
         dtypes = ["float32", "float16"]
         if not cuda or torch.cuda.is_bf16_supported():
@@ -367,13 +365,17 @@ class Trainer:
         self.losses = []  # of the steps since then
 
     def restore(self, saved):
+        fresh = self.optimizer.state_dict()  # its settings are the config's, not the file's
         try:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimizer.load_state_dict({**fresh, "state": saved["optimizer"]["state"]})
+            for parameter, moments in self.optimizer.state.items():
+                for tensor in (moments["exp_avg"], moments["exp_avg_sq"]):
+                    tensor.view_as(parameter)
             self.machine.scaler.load_state_dict(saved["scaler"])
             self.state = {name: type(v)(saved["state"][name]) for name, v in self.state.items()}
             threads = saved["threads"]
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{self.out_dir / 'last.pt'}: damaged training state ({error!r})")
+        except Exception as error:
+            raise ValueError(f"{self.out_dir}/last.pt: damaged ({error!r:.90})") from error
         if threads != torch.get_num_threads():
             print(
                 f"note: the run had {threads} threads and now has {torch.get_num_threads()}, so it "
@@ -383,6 +385,8 @@ class Trainer:
     def run(self):
         """Trains to max_iters, or until a signal asks to stop."""
         config, state = self.config, self.state
+        if state["step"] >= config.max_iters:
+            print(f"{self.out_dir} is at step {state['step']} already; --max_iters=N goes further")
         with stop_signals() as stop:
             while state["step"] < config.max_iters and not stop:
                 self.take_step()
@@ -518,27 +522,33 @@ def load_data(config, flags):
     return meta
 
 
+MODEL_FLAGS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
+
+
 def make_model(config, flags, meta, checkpoint):
-    """A new model, or that of a checkpoint, which must go with the flags and the data."""
-    names = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
+    """A new model, or that of a checkpoint, with which the flags and the data must agree."""
     if checkpoint is None:
         torch.manual_seed(config.seed)
-        return GPT(
-            GPTConfig(vocab_size=meta["vocab_size"], **{n: getattr(config, n) for n in names})
-        )
+        shape = {name: getattr(config, name) for name in MODEL_FLAGS}
+        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
     if checkpoint.get("tokenizer") != meta["tokenizer"]:
-        raise ValueError(f"{config.data} is encoded with another tokenizer than {config.init_from}")
-    model = GPT.from_checkpoint(checkpoint)
-    for name in names:
+        raise ValueError(
+            f"{config.data} and {config.init_from} have different tokenizers; prepare the text "
+            "with --tokenizer=FOLDER, the data folder that the checkpoint was trained on"
+        )
+    given = {name: flags[name] for name in MODEL_FLAGS if name in flags}
+    free = {name: value for name, value in given.items() if "dropout" in name}
+    model = GPT.from_checkpoint(checkpoint, **free)
+    for name, value in given.items():
         has = getattr(model.config, name)
-        if name in flags and "dropout" not in name and flags[name] != has:
-            raise ValueError(f"{config.init_from} has {name}={has}, not --{name}={flags[name]}")
+        if has != value:
+            raise ValueError(f"{config.init_from} has {name}={has}, not --{name}={value}")
     return model
 
 
-def evaluate(config, machine, model, split):
+def evaluate(config, machine, model, split, vocab_size):
     """Loss in nats per token and in bits per byte of text, on the same windows every time."""
-    windows = Windows(split["arrays"], min(config.block_size, split["tokens"] - 1))
+    windows = Windows(split["arrays"], min(config.block_size, split["tokens"] - 1), vocab_size)
     loss = mean_loss(model, machine, windows.fixed_batches(config.batch_size, config.eval_iters))
     return {"val_loss": loss, "val_bpb": loss * bits_per_byte(split)}
 
@@ -560,30 +570,29 @@ def main(argv=None):
         checkpoint = load_checkpoint(config.init_from)
     machine = Machine(config)
     meta = load_data(config, flags)
-    if resumed and resumed["data_digest"] != meta["digest"]:
+    if resumed and resumed.get("data_digest") != meta["digest"]:
         raise ValueError(f"{config.data}: not the text that {out_dir} was trained on")
     model = make_model(config, flags, meta, checkpoint).to(machine.device).train()
+    config = dataclasses.replace(config, **{n: getattr(model.config, n) for n in MODEL_FLAGS})
     train_split, val_split = meta["splits"]["train"], meta["splits"]["val"]
-    windows = Windows(train_split["arrays"], model.config.block_size, config.seed)
+    windows = Windows(train_split["arrays"], config.block_size, meta["vocab_size"], config.seed)
     batch = config.batch_size * config.gradient_accumulation_steps
     print(
         f"{model.num_params():,} parameters; {train_split['tokens']:,} tokens, seen "
         f"{config.max_iters * batch / windows.per_epoch:.1f} times; on {machine}"
     )
     if config.eval_only:
-        print(evaluate(config, machine, model, val_split))
+        print(evaluate(config, machine, model, val_split, meta["vocab_size"]))
         return
     with sole_owner(out_dir):
         if not resumed:
             set_aside(out_dir)
-        elif resumed["state"]["step"] >= config.max_iters:
-            print(f"{out_dir} is trained to step {config.max_iters}; --max_iters=N goes further")
         Trainer(
             config,
             machine,
             model,
             micro_batch=lambda n: windows.batch(n * config.batch_size, config.batch_size),
-            evaluate=lambda: evaluate(config, machine, model, val_split),
+            evaluate=lambda: evaluate(config, machine, model, val_split, meta["vocab_size"]),
             extra={"tokenizer": meta["tokenizer"], "data_digest": meta["digest"]},
             bits_per_byte=bits_per_byte(train_split),
             saved=resumed,

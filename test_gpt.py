@@ -1,0 +1,886 @@
+"""What must hold of this project, on small data made here: no network, no GPU.
+
+python -m pytest -q
+"""
+
+import csv
+import doctest
+import http.server
+import itertools
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import regex
+import torch
+import torch.nn.functional as F
+
+import gpt
+import prepare_data
+import sample
+import train
+from gpt import GPT, GPTConfig, KVCache, causal_attention, keep_top_k, keep_top_p, load_checkpoint
+from prepare_data import SPLIT, bpe_encode, bpe_spec, build_tokenizer, clean, cut, train_bpe
+
+TINY = {"block_size": 16, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 16}
+torch.set_num_threads(1)  # such small tensors are not worth a second
+WORDS = ["the", "a", "cat", "dog", "sees", "hears", "and", "not", "red", "small", "house", "in"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_model(**changes):
+    """A model in eval mode whose attention is far from uniform, as it is after training."""
+    model = GPT(GPTConfig(**{**TINY, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("c_attn.weight"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def tokens(*shape, vocab_size=50):
+    return torch.randint(vocab_size, shape)
+
+
+def story(n_words, seed=0):
+    chosen = random.Random(seed).choices(WORDS, k=n_words)
+    return " ".join(w + ".\n" * (i % 9 == 8) for i, w in enumerate(chosen))
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "story.txt").write_text(story(4000), encoding="utf-8")
+    prepare_data.main([f"{folder}/story.txt", f"--out={folder}/data", "--vocab_size=280"])
+    return folder / "data"
+
+
+def run_training(data_folder, out_dir, *flags):
+    """train.py on a tiny model -> the checkpoint it ends with."""
+    train.main(
+        [f"--data={data_folder}", f"--out_dir={out_dir}", "--n_layer=1", "--n_head=2"]
+        + ["--n_embd=16", "--block_size=16", "--batch_size=4", "--max_iters=20", "--device=cpu"]
+        + ["--eval_interval=10", "--eval_iters=3", "--warmup_iters=4", "--dropout=0.1", *flags]
+    )
+    return load_checkpoint(out_dir / "last.pt")
+
+
+def assert_equal(a, b):
+    """Nested dicts and lists with the same tensors, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def test_a_token_changes_no_output_before_it():
+    model, idx = tiny_model(), tokens(2, 16)
+    before = model(idx)
+    for t in range(16):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 50
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.allclose(after[:, t:], before[:, t:])
+
+
+def test_written_out_attention_is_the_fused_kernel():
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(causal_attention(q, k, v), fused)
+
+
+def test_attention_maps_are_those_the_model_uses():
+    model, idx = tiny_model(n_layer=1), tokens(2, 12)
+    maps = model.attention_maps(idx)
+    assert maps.shape == (1, 2, 2, 12, 12)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(1, 2, 2, 12))
+    block = model.transformer.h[0]
+    x = model.transformer.wte(idx) + model.transformer.wpe.weight[:12]
+    _, _, v = block.attn.heads(block.ln_1(x))
+    y = block.attn.c_proj((maps[0] @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(y, block.attn(block.ln_1(x)))
+
+
+@pytest.mark.parametrize("cuts", [[16], [1] * 16, [5, 1, 4, 6], [1, 15]])
+def test_reading_in_steps_with_a_cache_is_reading_at_once(cuts):
+    model, idx = tiny_model(), tokens(3, 16)
+    cache = KVCache(model, 3, 16)
+    steps = [model.hidden(part, cache) for part in idx.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model.hidden(idx))
+    assert cache.position == 16
+
+
+def test_generation_after_the_context_slid_is_a_fresh_run_on_its_last_half():
+    model, idx = tiny_model(), tokens(2, 10)
+    made = list(model.generate(idx, 40, temperature=0))
+    text = torch.cat([idx, torch.stack(made, dim=1)], dim=1)  # (2, 50)
+    length = 10  # of what the model has before it when it makes text[:, n]
+    for n in range(10, 50):
+        if length > 16:
+            length = 8
+        assert torch.equal(text[:, n], model(text[:, n - length : n])[:, -1].argmax(-1))
+        length += 1
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_end():
+    model, idx = tiny_model(), tokens(1, 40)
+    a = torch.stack(list(model.generate(idx, 9, temperature=0)))
+    assert torch.equal(a, torch.stack(list(model.generate(idx[:, -16:], 9, temperature=0))))
+
+
+@pytest.mark.parametrize("vocab_size", [50, 9000])
+def test_loss_and_gradients_are_those_of_plain_cross_entropy(vocab_size):
+    x, weight = torch.randn(700, 16), torch.randn(vocab_size, 16)
+    targets = tokens(700, vocab_size=vocab_size)
+    targets[::3] = -100
+    results = []
+    for loss_of in (gpt.next_token_loss, lambda x, w, t: F.cross_entropy(x @ w.T, t)):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = loss_of(*leaves, targets)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*results)
+
+
+def test_a_new_model_expects_every_token_alike():
+    model = GPT(GPTConfig(**{**TINY, "vocab_size": 1000, "n_embd": 64}))
+    loss = model(tokens(8, 16, vocab_size=1000), tokens(8, 16, vocab_size=1000))
+    assert abs(loss.item() - math.log(1000)) < 0.1
+
+
+def test_one_batch_can_be_learned_by_heart():
+    model, batch = GPT(GPTConfig(**TINY)), tokens(4, 17)
+    optimizer = train.configure_optimizer(model, 1e-2, 0.0, (0.9, 0.99))
+    for _ in range(150):
+        loss = model(batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_dropout_is_off_in_evaluation_and_on_in_training():
+    model, idx = tiny_model(dropout=0.3, attn_dropout=0.3), tokens(2, 16)
+    assert torch.equal(model(idx), model(idx))
+    model.train()
+    assert not torch.allclose(model(idx), model(idx))
+
+
+def test_the_head_is_the_embedding_where_weights_are_tied_also_after_loading(tmp_path):
+    for tied in (True, False):
+        model = tiny_model(tie_weights=tied)
+        gpt.save_checkpoint(tmp_path / "a.pt", model)
+        loaded = GPT.from_checkpoint(load_checkpoint(tmp_path / "a.pt"))
+        assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
+        assert_equal(dict(model.state_dict()), dict(loaded.state_dict()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resizing_the_vocabulary_leaves_the_other_tokens_alone(tied):
+    model, idx = tiny_model(tie_weights=tied), tokens(2, 8, vocab_size=30)
+    logits = model(idx)
+    model.resize_vocab(64)
+    assert model(idx).shape == (2, 8, 64)
+    torch.testing.assert_close(model(idx)[..., :50], logits)
+    model.resize_vocab(30)
+    torch.testing.assert_close(model(idx), logits[..., :30])
+    assert model.num_params() == GPT(model.config).num_params()
+
+
+# --- choosing the next token ----------------------------------------------------------------------
+
+
+def test_greedy_takes_the_likeliest():
+    logits = torch.randn(5, 20)
+    assert torch.equal(gpt.sample(logits, temperature=0), logits.argmax(-1))
+    assert torch.equal(gpt.sample(logits, top_k=1), logits.argmax(-1))
+    assert torch.equal(gpt.sample(logits, top_p=1e-6), logits.argmax(-1))
+
+
+def test_top_k_keeps_exactly_k_also_among_equals():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [4.0, 1.0, 2.0, 3.0]])
+    kept = keep_top_k(logits, 2)
+    assert torch.equal(kept.isfinite().sum(-1), torch.tensor([2, 2]))
+    assert kept[1].tolist() == [4.0, -math.inf, -math.inf, 3.0]
+    assert torch.equal(keep_top_k(logits, 99), logits)
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    logits = torch.tensor([[0.15, 0.5, 0.3, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
+    assert keep_top_p(logits, 0.79).isfinite().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    assert keep_top_p(logits, 0.81).isfinite().tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+
+
+def test_sampling_follows_the_probabilities():
+    logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(20_000, 3)
+    drawn = gpt.sample(logits, temperature=0.5).bincount(minlength=3) / 20_000
+    squared = torch.tensor([0.01, 0.36, 0.09]) / 0.46
+    torch.testing.assert_close(drawn, squared, atol=0.02, rtol=0)
+
+
+def test_a_sequence_that_met_the_stop_token_goes_on_yielding_it():
+    model, idx = tiny_model(), tokens(6, 4)
+    free = torch.stack(list(model.generate(idx, 30, temperature=0)), dim=1)
+    stop = free[0, 3].item()
+    stopped = torch.stack(list(model.generate(idx, 30, temperature=0, stop_token=stop)), dim=1)
+    for row, free_row in zip(stopped.tolist(), free.tolist()):
+        n = free_row.index(stop) if stop in free_row else 30
+        assert row == (free_row[:n] + [stop] * 30)[: len(row)]
+    assert list(model.generate(idx[:1], 30, temperature=0, stop_token=stop))[-1].item() == stop
+    assert len(list(model.generate(idx[:1], 30, temperature=0, stop_token=stop))) <= 4
+
+
+def test_the_same_seed_writes_the_same_tokens():
+    model, idx = tiny_model(), tokens(2, 4)
+    runs = [
+        torch.stack(list(model.generate(idx, 20, generator=torch.Generator().manual_seed(seed))))
+        for seed in (5, 5, 6)
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+# --- text and tokens ------------------------------------------------------------------------------
+
+
+def naive_bpe(text, vocab_size):
+    """Counts every pair anew for every merge."""
+    words = [list(piece.encode()) for piece in regex.findall(SPLIT, text)]
+    found = [bytes([byte]) for byte in range(256)]
+    while len(found) < vocab_size:
+        pairs = [pair for word in words for pair in itertools.pairwise(word)]
+        counts = {pair: 0 for pair in pairs}
+        for pair in pairs:
+            counts[pair] += 1
+        if max(counts.values(), default=0) < 2:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [len(found)]
+                i += 1
+        found.append(found[best[0]] + found[best[1]])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bpe_training_is_counting_anew_for_every_merge(seed):
+    rng = random.Random(seed)
+    text = "".join(rng.choices(["ab ", "a", "b", "é", "  ", "\n", "12"][: 3 + seed // 2], k=400))
+    ranks = train_bpe([text], 256 + 60)
+    assert list(ranks) == naive_bpe(text, 256 + 60)
+    assert list(ranks.values()) == list(range(len(ranks)))
+
+
+def any_text(rng, n):
+    """Letters, blanks, and anything else that Unicode has."""
+    kinds = ["ab c\n\t'", "éßñ漢字ไทย", "😀👩‍👩‍👧\u0301", "<|endoftext|>"]
+    char = lambda: (
+        rng.choice(rng.choice(kinds)) if rng.random() < 0.9 else chr(rng.randrange(0xD7FF))
+    )
+    return "".join(char() for _ in range(n))
+
+
+def test_bpe_encode_is_what_tiktoken_does():
+    ranks = train_bpe([story(500)], 350)
+    tokenizer = build_tokenizer(bpe_spec(ranks))
+    rng = random.Random(1)
+    for text in [story(50, seed=3), *(any_text(rng, 60) for _ in range(50))]:
+        ids = [i for piece in regex.findall(SPLIT, text) for i in bpe_encode(piece, ranks)]
+        assert ids == tokenizer.encode_ordinary(text)
+
+
+def test_any_text_and_any_bytes_come_back():
+    tokenizer = build_tokenizer(json.loads(json.dumps(bpe_spec(train_bpe([story(300)], 320)))))
+    rng = random.Random(2)
+    for _ in range(100):
+        text = any_text(rng, 40)
+        ids = tokenizer.encode_ordinary(text)
+        assert tokenizer.decode(ids) == text
+        decoder = sample.TextDecoder(tokenizer)
+        assert "".join(map(decoder.decode, ids)) + decoder.rest() == text
+    for byte in range(256):
+        assert bytes([byte]) in tokenizer.token_byte_values()
+
+
+def test_special_tokens_stand_behind_the_learned_ones_and_only_code_can_write_them():
+    tokenizer = build_tokenizer(bpe_spec(train_bpe([story(300)], 300)))
+    names = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    n = tokenizer.n_vocab - 4
+    assert [tokenizer.encode_single_token(name) for name in names] == list(range(n, n + 4))
+    assert max(tokenizer.encode_ordinary("a <|endoftext|> b")) < n
+
+
+def test_the_tokens_of_the_parts_are_the_tokens_of_the_whole():
+    rng = random.Random(3)
+    text = "".join(
+        rng.choices(["word", " ", "  ", "\n", "_", "don't", "12", "é", "漢", "!"], k=9000)
+    )
+    specs = [bpe_spec(train_bpe([text], 400))]
+    for tokenizer in map(build_tokenizer, specs):
+        parts = list(cut(text, 100))
+        assert "".join(parts) == text
+        assert len(parts) > 50
+        ids = [i for part in parts for i in tokenizer.encode_ordinary(part)]
+        assert ids == tokenizer.encode_ordinary(text)
+
+
+def test_clean_removes_what_is_not_language():
+    assert clean("\ufeffa\r\nb\rc\x00\x1b \t\n\n\n\n\nd  ") == "a\nb\nc\n\nd"
+    assert clean("e\u0301") == "é"
+    assert clean("  indented\n\ttab") == "  indented\n\ttab"
+
+
+# --- the data folder ------------------------------------------------------------------------------
+
+
+def read_split(meta, split):
+    return np.concatenate(meta["splits"][split]["arrays"])
+
+
+def test_shards_hold_the_text_and_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 100)  # documents larger than a shard
+    text = clean(story(1000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    prepare_data.main([f"{tmp_path}/a.txt", f"--out={tmp_path}/data", "--vocab_size=280"])
+    meta = prepare_data.open_data(tmp_path / "data")
+    tokenizer = build_tokenizer(meta["tokenizer"])
+    assert len(meta["splits"]["train"]["shards"]) > 3
+    halves = [read_split(meta, split).tolist() for split in ("train", "val")]
+    assert [half.pop() for half in halves] == [meta["eot_token"]] * 2
+    assert "".join(map(tokenizer.decode, halves)) == text
+    assert abs(meta["splits"]["val"]["bytes"] / len(text) - 0.1) < 0.01
+
+
+def test_documents_keep_to_one_split_and_doubles_are_dropped(tmp_path):
+    documents = [f"{story(30, seed=i)} {i}" for i in range(300)]
+    with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as file:
+        for document in documents + documents[:50]:
+            print(json.dumps({"text": document}), file=file)
+    found = []
+    for threads in (1, 3):
+        out = tmp_path / f"data{threads}"
+        prepare_data.main([f"{tmp_path}/a.jsonl", f"--out={out}", f"--threads={threads}"])
+        meta = prepare_data.open_data(out)
+        tokenizer = build_tokenizer(meta["tokenizer"])
+        texts = {s: tokenizer.decode(read_split(meta, s)) for s in ("train", "val")}
+        found.append({s: t.split("<|endoftext|>")[:-1] for s, t in texts.items()})
+    assert found[0] == found[1]
+    assert sorted(found[0]["train"] + found[0]["val"]) == sorted(map(clean, documents))
+    assert 10 < len(found[0]["val"]) < 60
+
+
+def test_a_tokenizer_can_be_taken_from_an_earlier_folder(data_folder, tmp_path):
+    (tmp_path / "b.txt").write_text(story(500, seed=9), encoding="utf-8")
+    prepare_data.main([f"{tmp_path}/b.txt", f"--out={tmp_path}/b", f"--tokenizer={data_folder}"])
+    metas = [prepare_data.open_data(folder) for folder in (data_folder, tmp_path / "b")]
+    assert metas[0]["tokenizer"] == metas[1]["tokenizer"]
+
+
+def test_many_tokens_take_four_bytes():
+    assert prepare_data.token_dtype(65_536) == np.uint16
+    assert prepare_data.token_dtype(65_537) == np.uint32
+
+
+def test_preparing_anew_replaces_the_folder_and_spares_those_inside(tmp_path):
+    (tmp_path / "a.txt").write_text(story(300), encoding="utf-8")
+    for out in ("data/inner", "data", "data"):
+        prepare_data.main([f"{tmp_path}/a.txt", f"--out={tmp_path}/{out}", "--vocab_size=260"])
+    for out in ("data", "data/inner"):
+        assert prepare_data.open_data(tmp_path / out)["vocab_size"] == 264
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "data"]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_every_window_comes_once_an_epoch():
+    shards = [np.arange(0, 37), np.arange(37, 38), np.arange(38, 120)]
+    windows = train.Windows(shards, block_size=8, vocab_size=120, seed=3)
+    firsts = []
+    for epoch in range(3):
+        idx, targets = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
+        assert torch.equal(idx[:, 1:], targets[:, :-1])
+        assert torch.equal(targets, idx + 1)  # right across shards
+        starts = sorted(idx[:, 0].tolist())
+        assert starts == list(range(starts[0], starts[0] + 8 * windows.per_epoch, 8))
+        firsts.append(idx[:, 0].tolist())
+    assert firsts[0] != firsts[1] != firsts[2]
+
+
+def test_processes_share_the_batch_of_one():
+    windows = train.Windows([np.arange(1000)], block_size=8, vocab_size=1000)
+    for step in (0, 5, 40):
+        shared = []
+        for world_size in (1, 2, 4):
+            numbers = [
+                n
+                for rank in range(world_size)
+                for n in train.micro_batches_of(step, 8 // world_size, rank, world_size)
+            ]
+            shared.append(torch.cat([windows.batch(n * 3, 3)[0] for n in numbers]))
+        assert torch.equal(shared[0], shared[1])
+        assert torch.equal(shared[0], shared[2])
+
+
+def test_accumulated_micro_batches_are_one_large_batch(data_folder, tmp_path):
+    weights = []
+    for k in (1, 4):
+        batch = [f"--batch_size={8 // k}", f"--gradient_accumulation_steps={k}", "--dropout=0"]
+        weights.append(run_training(data_folder, tmp_path / str(k), *batch)["model"])
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_resumed_run_is_an_uninterrupted_one_bit_for_bit(data_folder, tmp_path):
+    whole = run_training(data_folder, tmp_path / "whole", "--lr_decay_iters=20")
+    run_training(data_folder, tmp_path / "parts", "--max_iters=10", "--lr_decay_iters=20")
+    resume = [f"--out_dir={tmp_path / 'parts'}", "--init_from=resume", "--max_iters=20"]
+    train.main(resume)
+    parts = load_checkpoint(tmp_path / "parts" / "last.pt")
+    assert whole["state"]["step"] == parts["state"]["step"] == 20
+    for part in ("model", "optimizer", "scaler"):
+        assert_equal(whole[part], parts[part])
+    assert_equal(whole["state"]["best_val_loss"], parts["state"]["best_val_loss"])
+
+
+def test_looking_at_a_run_does_not_change_it(data_folder, tmp_path):
+    seldom = run_training(data_folder, tmp_path / "a", "--eval_interval=20", "--log_interval=20")
+    often = run_training(data_folder, tmp_path / "b", "--eval_interval=1", "--log_interval=1")
+    assert_equal(seldom["model"], often["model"])
+
+
+def test_the_learning_rate_rises_and_falls_to_the_right_values():
+    config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100)
+    rates = [train.learning_rate_at(step, config) for step in range(120)]
+    assert rates[0] > 0
+    assert rates[10] == 1.0 == max(rates)
+    assert rates[99] == pytest.approx(0.1)
+    assert rates[119] == pytest.approx(0.1)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    for warmup in (0, 99, 100, 200):  # nothing is divided by zero
+        config = train.TrainConfig(warmup_iters=warmup, max_iters=100)
+        assert all(0 < train.learning_rate_at(step, config) <= 4e-3 for step in range(100))
+
+
+def test_only_matrices_decay():
+    optimizer = train.configure_optimizer(tiny_model(), 1e-3, 0.1, (0.9, 0.95))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.1 if parameter.dim() == 2 else 0.0)
+
+
+def test_every_step_is_counted_and_the_last_one_evaluated(data_folder, tmp_path):
+    flags = ["--max_iters=13", "--eval_interval=5", "--log_interval=2"]
+    last = run_training(data_folder, tmp_path, *flags)
+    assert last["state"]["step"] == 13
+    assert all(state["step"] == 13 for state in last["optimizer"]["state"].values())
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [2, 4, 5, 6, 8, 10, 12, 13]
+    assert [int(row["step"]) for row in rows if row["val_loss"]] == [5, 10, 13]
+    assert [int(row["tokens"]) for row in rows] == [64 * int(row["step"]) for row in rows]
+    best = min(float(row["val_loss"]) for row in rows if row["val_loss"])
+    assert load_checkpoint(tmp_path)["state"]["best_val_loss"] == pytest.approx(best)
+
+
+def test_training_learns_and_sample_writes(data_folder, tmp_path, capsys):
+    run_training(data_folder, tmp_path, "--max_iters=150", "--learning_rate=1e-2", "--dropout=0")
+    with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as file:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+    assert losses[-1] < losses[0] - 1
+    capsys.readouterr()
+    sample.main([f"--init_from={tmp_path}", "--start=the cat", "--max_new_tokens=40"])
+    out, err = capsys.readouterr()
+    assert out.startswith("the cat")
+    assert sum(word in out for word in WORDS) > 5
+    assert "tokens/s" in err
+
+
+def test_samples_in_one_batch_come_apart_and_repeat_with_their_seed(data_folder, tmp_path, capsys):
+    run_training(data_folder, tmp_path)
+    outputs = []
+    for _ in range(2):
+        capsys.readouterr()
+        sample.main([f"--init_from={tmp_path}", "--num_samples=3", "--max_new_tokens=10"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].count("-" * 80) == 2
+
+
+def test_training_goes_on_from_given_weights(data_folder, tmp_path, capsys):
+    first = run_training(data_folder, tmp_path / "a")
+    train.main([f"--data={data_folder}", f"--init_from={tmp_path / 'a'}", "--eval_only"])
+    assert f"{first['state']['best_val_loss']:.4f}" in capsys.readouterr().out
+    second = run_training(data_folder, tmp_path / "b", f"--init_from={tmp_path / 'a'}")
+    assert second["state"]["best_val_loss"] < first["state"]["best_val_loss"]
+
+
+def test_an_earlier_run_in_the_folder_is_kept(data_folder, tmp_path):
+    first = run_training(data_folder, tmp_path)
+    run_training(data_folder, tmp_path, "--seed=2", "--max_iters=5")
+    assert_equal(first["model"], load_checkpoint(tmp_path / "previous" / "last.pt")["model"])
+    assert load_checkpoint(tmp_path / "last.pt")["state"]["step"] == 5
+
+
+# --- any text -------------------------------------------------------------------------------------
+
+
+def documents_of(*inputs, **options):
+    return [text for _, text in prepare_data.read_documents(inputs, **options)]
+
+
+def test_every_kind_of_file_gives_its_documents(tmp_path):
+    files = {
+        "b.txt": "one",
+        "a/c.md": "two",
+        "a/b.jsonl": '{"text": "three"}\n\n{"text": "four", "x": 1}\n',
+        "a/d.json": '[{"text": "five"}, {"text": "six"}]',
+        "a/e.html": "<title>no</title><p>seven &eacute;<script>no</script> <b>x</b>y</p><pre> z\n</pre>",
+        "a/.hidden": "no",
+        "a/z.png": "no\0",
+    }
+    (tmp_path / "a").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = list(map(clean, documents_of(tmp_path / "b.txt", tmp_path / "a")))
+    assert found == ["one", "three", "four", "two", "five", "six", "seven é xy\n\n z"]
+
+
+@pytest.mark.parametrize("block", [3, 7, 1 << 20])
+def test_a_separator_divides_a_file_wherever_its_blocks_end(tmp_path, block, monkeypatch):
+    monkeypatch.setattr(prepare_data, "READ_BYTES", block)
+    (tmp_path / "a.txt").write_text("one<|x|>twö <|x<|x|><|x|>three", encoding="utf-8")
+    assert documents_of(tmp_path / "a.txt", separator="<|x|>") == ["one", "twö <|x", "", "three"]
+
+
+def test_a_page_is_downloaded_once_and_kept(tmp_path, monkeypatch):
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path == "/page" else 404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(b"<p>hello</p>")
+
+        def log_message(self, *args):
+            pass
+
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for _ in range(2):
+            assert [clean(text) for text in documents_of(f"{url}/page")] == ["hello"]
+        with pytest.raises(ValueError, match="404"):
+            documents_of(f"{url}/nothing")
+        server.shutdown()
+    assert asked == ["/page", "/nothing"]
+    assert len(list((tmp_path / "downloads").iterdir())) == 1
+
+
+def test_a_sample_for_the_bpe_is_spread_over_all_text():
+    texts = [f"{chr(97 + i)} " * 2000 for i in range(20)]
+    taken = "".join(prepare_data.spread_sample(texts, 0.2))
+    assert 0.15 < len(taken) / sum(map(len, texts)) < 0.3
+    assert len(set(taken[: len(taken) // 2])) > 2
+    assert "".join(prepare_data.spread_sample(texts, 1)) == "".join(texts)
+
+
+# --- any accident ---------------------------------------------------------------------------------
+
+
+def fails(capsys, main, *flags):
+    """Runs a script that must end in one line on standard error and exit code 2 -> that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, flags)))
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert stopped.value.code == 2
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+BAD_INPUTS = {  # file: (content, flags, what the error must name)
+    "empty.txt": (b"", "", ["no text"]),
+    "blank.txt": (b" \n\n\t", "", ["no text"]),
+    "binary.txt": (b"a\0b", "", ["binary.txt", "binary"]),
+    "latin.txt": ("café".encode("latin-1"), "", ["latin.txt", "byte 3"]),
+    "second.txt": (b"ok|not \xff", "--separator=|", ["second.txt", "byte 7"]),
+    "broken.jsonl": (b'{"text": "a"}\n{"text"\n', "", ["broken.jsonl", "line 2"]),
+    "broken.json": (b'[{"text": "a"},\n {"text"}]', "", ["broken.json", "line 2"]),
+    "deep.json": (b"[" * 100_000, "", ["deep.json", "nested"]),
+    "field.jsonl": (b'{"body": "a", "id": 1}', "", ["field.jsonl", "'text'", "body, id"]),
+    "number.json": (b'[{"text": 5}]', "", ["number.json", "item 1"]),
+    "list.json": (b"[1]", "", ["list.json", "int"]),
+    "short.txt": (b"a", "", ["too little text"]),
+    "few.txt": (b"hello hello hello", "--vocab_size=5000", ["5000", "only 2"]),
+    "small.txt": (b"hello", "--vocab_size=255", ["255", "256"]),
+    "kind.txt": (b"hello", "--tokenizer=gpt9", ["gpt9", "gpt2"]),
+    "zero.txt": (b"hello", "--vocab_size=0", ["--vocab_size", "0"]),
+    "typo.txt": (b"hello", "--vocab-size=300", ["--vocab-size", "--vocab_size?"]),
+    "fragment.txt": (b"hello", "--min_chars=10", ["no text"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_text_is_named_and_an_earlier_folder_survives(name, tmp_path, capsys):
+    (tmp_path / "good.txt").write_text(story(200), encoding="utf-8")
+    prepare_data.main([f"{tmp_path}/good.txt", f"--out={tmp_path}/data"])
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    content, flags, words = BAD_INPUTS[name]
+    (tmp_path / name).write_bytes(content)
+    flags = [f"{tmp_path}/{name}", f"--out={tmp_path}/data", *flags.split()]
+    line = fails(capsys, prepare_data.main, *flags)
+    assert all(word in line for word in words), line
+    prepare_data.open_data(tmp_path / "data")
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name != name) == before
+
+
+def test_what_is_not_there_or_not_ours_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"\0")
+    (tmp_path / "a.txt").write_text(story(200), encoding="utf-8")
+    prepare = prepare_data.main
+    assert "gone.txt" in fails(capsys, prepare, tmp_path / "gone.txt")
+    assert "no text files" in fails(capsys, prepare, tmp_path / "empty")
+    assert "no text files" in fails(capsys, prepare, tmp_path / "photos")
+    assert "not a data folder" in fails(
+        capsys, prepare, tmp_path / "a.txt", f"--out={tmp_path / 'photos'}"
+    )
+    assert (tmp_path / "photos" / "cat.png").exists()
+    monkeypatch.setattr("requests.get", lambda url: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    line = fails(capsys, prepare, tmp_path / "a.txt", "--tokenizer=r50k_base")
+    assert "TIKTOKEN_CACHE_DIR" in line
+    assert "--tokenizer=bpe" in line
+
+
+BAD_TRAINING = {  # flags: what the error must name
+    "--n_embd=10 --n_head=3": ["n_embd 10", "n_head 3"],
+    "--n_layer=0": ["n_layer", "1 or more"],
+    "--batch_size=-1": ["batch_size"],
+    "--learning_rate=nan": ["learning_rate"],
+    "--dropout=1.5": ["dropout"],
+    "--n_layer=two": ["--n_layer", "'two'"],
+    "--compile=maybe": ["--compile", "maybe"],
+    "--n_layers=3": ["--n_layers", "--n_layer?"],
+    "--block_size=100000": ["block_size + 1", "100001"],
+    "--device=abacus": ["abacus"],
+    "--dtype=int3": ["int3", "float32"],
+    "--init_from=nowhere": ["nowhere"],
+    "--init_from=resume": ["last.pt"],
+    "--data=nowhere": ["nowhere", "prepare_data.py"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_TRAINING)
+def test_training_that_cannot_be_is_named(flags, data_folder, tmp_path, capsys):
+    flags = [f"--data={data_folder}", f"--out_dir={tmp_path}/out", "--block_size=16", flags]
+    line = fails(capsys, train.main, *" ".join(flags).split())
+    assert all(word in line for word in BAD_TRAINING[flags[-1]]), line
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_a_checkpoint_and_the_flags_must_agree(data_folder, tmp_path, capsys):
+    run_training(data_folder, tmp_path / "a", "--max_iters=2")
+    resume = [f"--out_dir={tmp_path / 'a'}", "--init_from=resume"]
+    line = fails(capsys, train.main, *resume, "--n_layer=7")
+    assert "n_layer=1" in line
+    assert "n_layer=7" in line
+    use = [f"--data={data_folder}", f"--init_from={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}"]
+    assert "n_head=2" in fails(capsys, train.main, *use, "--n_head=4")
+    (tmp_path / "b.txt").write_text(story(500, seed=9) + "zzz zzz", encoding="utf-8")
+    prepare_data.main([f"{tmp_path}/b.txt", f"--out={tmp_path}/data"])
+    assert "tokenizer" in fails(capsys, train.main, *use, f"--data={tmp_path / 'data'}")
+    assert "not the text" in fails(capsys, train.main, *resume, f"--data={tmp_path / 'data'}")
+
+
+def test_sampling_that_cannot_be_is_named(data_folder, tmp_path, capsys):
+    run_training(data_folder, tmp_path)
+    use = f"--init_from={tmp_path}"
+    for flag in ("--temperature=-1", "--top_k=-1", "--top_p=0", "--top_p=1.1"):
+        assert flag.split("=")[0] in fails(capsys, sample.main, use, flag)
+    assert "--max_new_tokens" in fails(capsys, sample.main, use, "--max_new_tokens=0")
+    assert "empty" in fails(capsys, sample.main, use, "--start=")
+    assert "gone.txt" in fails(capsys, sample.main, use, "--start=FILE:gone.txt")
+    assert "abacus" in fails(capsys, sample.main, use, "--device=abacus")
+    sample.main([use, f"--start={story(100)}", "--max_new_tokens=5"])
+    assert "the last 16" in capsys.readouterr().err
+
+
+def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "ran",))
+
+    torch.save({"format": 1, "config": {}, "model": {"x": Evil()}}, tmp_path / "best.pt")
+    assert "best.pt" in fails(capsys, sample.main, f"--init_from={tmp_path}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model, path = tiny_model(), tmp_path / "a.pt"
+    gpt.save_checkpoint(path, model)
+    before = path.read_bytes()
+
+    def full(checkpoint, file):
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 64 vs 4")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        gpt.save_checkpoint(path, model)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+    data_folder, tmp_path, capsys
+):
+    run_training(data_folder, tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    flags = ["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=60", "--eval_interval=60"]
+    line = fails(capsys, train.main, *flags, "--learning_rate=1e30", "--grad_clip=0")
+    assert re.search(r"step 2\d", line)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_two_runs_do_not_share_a_folder(data_folder, tmp_path, capsys):
+    run_training(data_folder, tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    with train.sole_owner(tmp_path):
+        flags = [f"--data={data_folder}", f"--out_dir={tmp_path}", "--block_size=16"]
+        assert "another run" in fails(capsys, train.main, *flags)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish_and_saves(number, data_folder, tmp_path, monkeypatch):
+    whole = run_training(data_folder, tmp_path / "whole")
+    log = train.Trainer.log
+
+    def log_and_kill(self, **metrics):
+        log(self, **metrics)
+        if self.state["step"] == 7:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.Trainer, "log", log_and_kill)
+    with pytest.raises(SystemExit) as stopped:
+        run_training(data_folder, tmp_path / "parts", "--log_interval=7")
+    assert stopped.value.code == 128 + number
+    assert load_checkpoint(tmp_path / "parts")["state"]["step"] == 7
+    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}"])
+    assert_equal(whole["model"], load_checkpoint(tmp_path / "parts" / "last.pt")["model"])
+
+
+def test_a_killed_run_resumes_to_the_same_bits(data_folder, tmp_path):
+    flags = ["--max_iters=300", "--eval_interval=1", "--eval_iters=1"]
+    whole = run_training(data_folder, tmp_path / "whole", *flags)
+    script = "import sys, torch, test_gpt, train; torch.set_num_threads(1); "
+    start = (
+        script + "test_gpt.run_training(*map(test_gpt.pathlib.Path, sys.argv[1:3]), *sys.argv[3:])"
+    )
+    resume = script + "train.main(['--init_from=resume', '--out_dir=' + sys.argv[2]])"
+    out = tmp_path / "killed"
+    for n, code in enumerate([start, resume]):
+        process = subprocess.Popen([sys.executable, "-c", code, data_folder, out, *flags])
+        wanted = out / "last.pt"
+        while process.poll() is None and not (
+            wanted.exists() and load_checkpoint(wanted)["state"]["step"] > 20 + 60 * n
+        ):
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    train.main(["--init_from=resume", f"--out_dir={out}"])
+    killed = load_checkpoint(out / "last.pt")
+    for part in ("model", "optimizer"):
+        assert_equal(whole[part], killed[part])
+
+
+def test_a_reader_that_leaves_ends_sampling_quietly(data_folder, tmp_path):
+    run_training(data_folder, tmp_path)
+    flags = [f"--init_from={tmp_path}", "--max_new_tokens=3000", "--temperature=2", "--top_k=0"]
+    process = subprocess.Popen(
+        [sys.executable, sample.__file__, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def mutate(data, rng):
+    """Bytes cut off, put in, taken out or changed, somewhere."""
+    i, n = rng.randrange(len(data)), rng.randrange(1, 50)
+    return rng.choice(
+        [
+            data[:i],
+            data[:i] + rng.randbytes(n) + data[i:],
+            data[:i] + data[i + n :],
+            data[:i] + bytes([data[i] ^ 1 << rng.randrange(8)]) + data[i + 1 :],
+            re.sub(rb"\d+", lambda m: m[0] if rng.random() < 0.9 else b"-7", data[:2000])
+            + data[2000:],
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt", "meta.json", "train_00000.npy"])
+def test_damaged_files_give_an_error_line_or_a_working_run(name, data_folder, tmp_path, capsys):
+    run_training(data_folder, tmp_path / "run")
+    shutil.copytree(data_folder, tmp_path / "data")
+    path = next(tmp_path.rglob(name))
+    whole, codes = path.read_bytes(), []
+    for seed in range(40):
+        path.write_bytes(mutate(whole, random.Random(seed)))
+        capsys.readouterr()
+        try:
+            if name == "best.pt":
+                sample.main([f"--init_from={tmp_path / 'run'}", "--max_new_tokens=3"])
+            elif name == "last.pt":
+                flags = ["--init_from=resume", f"--out_dir={tmp_path / 'run'}", "--max_iters=21"]
+                train.main([*flags, f"--data={data_folder}"])
+            else:
+                run_training(tmp_path / "data", tmp_path / "other", "--max_iters=1")
+            codes.append(0)
+        except SystemExit as stopped:
+            codes.append(stopped.code)
+            assert len(capsys.readouterr().err.strip().split("\n")) == 1
+    assert set(codes) <= {0, 2}
+    assert 2 in codes
+
+
+@pytest.mark.parametrize("module", [gpt, prepare_data, train, sample])
+def test_examples_in_docstrings_are_true(module):
+    assert doctest.testmod(module).failed == 0
