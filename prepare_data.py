@@ -6,8 +6,8 @@
     python prepare_data.py stories.txt --separator='<|endoftext|>' --vocab_size=4096
     python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, by tiktoken
 
-The way: documents -> clean -> (drop duplicates, split) -> BPE -> train_00000.npy ..., meta.json.
-The text is read twice, once to learn the vocabulary and once to encode it, and never held whole.
+The way: documents -> clean -> BPE -> tokens of two splits -> train_00000.npy, ..., meta.json.
+Only a document at a time is in memory; the cleaned text lies on disk until it is encoded.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import json
 import os
 import pathlib
 import platform
+import pydoc_data.topics
 import shutil
 import sys
 import sysconfig
@@ -103,10 +104,10 @@ def script(main):
 
 
 class Progress:
-    """How far a long reading is, on standard error: a line that updates, or one now and then."""
+    """How far a long job is, on standard error: a line that updates, or one now and then."""
 
     def __init__(self, label, total):
-        self.label, self.total = label, total  # total in bytes
+        self.label, self.total = label, total  # total in bytes; 0 where nobody knows
         self.live = sys.stderr.isatty()
         self.start = self.shown = time.monotonic()
 
@@ -115,14 +116,10 @@ class Progress:
         if now - self.shown > (0.2 if self.live else 10):
             self.shown, rate = now, done / (now - self.start)
             left = max(0, self.total - done) / rate
-            line = f"{self.label} {done / 1e6:.1f} of {self.total / 1e6:.1f} MB"
-            line += f", {rate / 1e6:.1f} MB/s, {left:.0f} s left"
-            print(
-                f"\r{line} " if self.live else line,
-                end="" if self.live else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.label}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
+            line += f", {left:.0f} s left" if self.total else ""
+            start, end = ("\r\x1b[K", "") if self.live else ("", "\n")
+            print(start + line, end=end, file=sys.stderr, flush=True)
 
     def done(self):
         if self.live:
@@ -140,6 +137,7 @@ def read_documents(inputs, text_field="text", separator=None):
     the file and the place in it.
     """
     if not inputs:
+        print("reading the manual of Python", platform.python_version())
         yield from python_manual()
     for path in find_files(inputs):
         yield from read_file(path, text_field, separator)
@@ -152,8 +150,8 @@ def find_files(inputs):
         is_url = name.startswith(("http://", "https://"))
         path = download(name) if is_url else pathlib.Path(name)
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("[!.]*")) if file.is_file()]
-            inside = [file for file in inside if not is_binary(file)]
+            inside = [f for f in sorted(path.rglob("*")) if f.is_file() and not is_binary(f)]
+            inside = [f for f in inside if "/." not in f"/{f.relative_to(path).as_posix()}"]
             if not inside:
                 raise ValueError(f"{path}: no text files in this folder")
             files += inside
@@ -329,16 +327,13 @@ def clean(text):
 # --- the default corpus: the manual inside every Python installation --------------------------------
 
 
-@functools.cache
 def python_manual():
-    """[(source, text)]: pydoc's topics, and a page for each module of the standard library.
+    """Yields (source, text): pydoc's topics, and a page for each module of the standard library.
 
     The modules are read with ast, never imported.
     """
-    print("reading the manual that comes with Python", platform.python_version(), file=sys.stderr)
-    from pydoc_data.topics import topics
-
-    documents = [(f"topic {name}", topics[name]) for name in sorted(topics)]
+    for name, text in sorted(pydoc_data.topics.topics.items()):
+        yield f"topic {name}", text
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     for path in sorted(library.rglob("*.py")):
@@ -348,8 +343,7 @@ def python_manual():
             with open(path, "rb") as file:
                 entries = list(docstrings(ast.parse(file.read()), name))
             if entries:
-                documents.append((name, "\n\n".join(f"# {n}\n\n{text}" for n, text in entries)))
-    return documents
+                yield name, "\n\n".join(f"# {n}\n\n{text}" for n, text in entries)
 
 
 def docstrings(node, name):
@@ -607,58 +601,39 @@ def install(partial, out):
 # --- the whole way --------------------------------------------------------------------------------
 
 
-class Corpus:
-    """The cleaned documents of all inputs; reading them counts them and shows progress."""
+def gather(args, spool):
+    """Reads and cleans all documents and writes them to the file spool, a NUL byte after each.
 
-    def __init__(self, args):
-        self.args = args
-        self.bytes = sum(path.stat().st_size for path in find_files(args.inputs))
-        if not args.inputs:
-            self.bytes = sum(len(text) for _, text in python_manual())
-        self.digests = array.array("Q")  # of every document: 64 bits stand for its text
-        self.too_short = 0
-
-    def read(self, label):
-        """Yields (digest, text) of every document that is long enough."""
-        progress, done, self.too_short = Progress(label, self.bytes), 0, 0
-        for _, text in read_documents(self.args.inputs, self.args.text_field, self.args.separator):
+    -> 64 bits for each document, which stand for its text, and how many were too short.
+    """
+    progress = Progress("reading", sum(path.stat().st_size for path in find_files(args.inputs)))
+    digests, too_short = array.array("Q"), 0
+    with open(spool, "wb") as file:
+        for _, text in read_documents(args.inputs, args.text_field, args.separator):
             text = clean(text)
+            if len(text) < args.min_chars:
+                too_short += 1
+                continue
             data = text.encode()
-            done += len(data)
-            progress.update(done)
-            if len(text) < max(1, self.args.min_chars):
-                self.too_short += 1
-                continue
-            yield int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"), text
-        progress.done()
-        self.bytes = done  # of text, exactly, from the second reading on
+            digests.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
+            file.write(data + b"\0")  # which clean() leaves in no text
+            progress.update(file.tell())
+    progress.done()
+    if not digests:
+        raise ValueError(f"no text in {', '.join(args.inputs)}")
+    return np.frombuffer(digests, np.uint64), too_short
 
-    def first_reading(self):
-        """Yields every text, and learns which there are."""
-        for digest, text in self.read("reading"):
-            self.digests.append(digest)
-            yield text
-        if not self.digests:
-            raise ValueError(f"no text in {', '.join(self.args.inputs)}")
 
-    def second_reading(self):
-        """Yields (split, text), every distinct text once. A tenth of the documents is held out,
-        by their digests, so that nothing else matters; of few documents, the last tenth of each.
-        """
-        distinct = np.unique(np.frombuffer(self.digests, np.uint64))
-        seen = np.zeros(len(distinct), bool)
-        for digest, text in self.read("encoding"):
-            i = np.searchsorted(distinct, np.uint64(digest))
-            if seen[i]:
-                continue
-            seen[i] = True
-            if len(distinct) >= 200:
-                yield "val" if digest % 10 == 0 else "train", text
-            else:
-                border = WORD_END.search(text, len(text) * 9 // 10)
-                border = border.start() if border else len(text) * 9 // 10
-                yield "train", text[:border]
-                yield "val", text[border:].lstrip("\n")
+def distinct_texts(spool, digests, label):
+    """Yields (digest, text) of the gathered documents, each text once."""
+    progress = Progress(label, spool.stat().st_size)
+    first = np.zeros(len(digests), bool)
+    first[np.unique(digests, return_index=True)[1]] = True
+    for digest, is_first, (offset, data) in zip(digests.tolist(), first, split_file(spool, "\0")):
+        if is_first:
+            yield digest, data.decode()
+        progress.update(offset)
+    progress.done()
 
 
 def spread_sample(texts, fraction):
@@ -671,26 +646,34 @@ def spread_sample(texts, fraction):
         seen += len(part)
 
 
-def choose_tokenizer(args, corpus):
-    """The first reading: its text trains the BPE, unless the tokenizer is given. -> its spec"""
-    texts = corpus.first_reading()
+def choose_tokenizer(args, spool, digests):
+    """The spec of the tokenizer that --tokenizer names; a BPE is trained on the gathered text."""
+    if pathlib.Path(args.tokenizer).is_dir():
+        return open_data(args.tokenizer)["tokenizer"]
     if args.tokenizer != "bpe":
-        if pathlib.Path(args.tokenizer).is_dir():
-            spec = open_data(args.tokenizer)["tokenizer"]
-        else:
-            spec = {"name": args.tokenizer}
-        build_tokenizer(spec)  # complain before the long work, not after it
-        collections.deque(texts, maxlen=0)
-        return spec
+        return {"name": args.tokenizer}
     vocab_size = args.vocab_size or 1024
-    ranks = train_bpe(
-        spread_sample(texts, min(1, args.bpe_sample_mb * 1e6 / max(1, corpus.bytes))), vocab_size
-    )
+    texts = (text for _, text in distinct_texts(spool, digests, "learning tokens from"))
+    fraction = min(1, args.bpe_sample_mb * 1e6 / spool.stat().st_size)
+    ranks = train_bpe(spread_sample(texts, fraction), vocab_size)
     if len(ranks) < vocab_size:
         if args.vocab_size:
             raise ValueError(f"--vocab_size={vocab_size}: this text gives only {len(ranks)} tokens")
         print(f"vocab_size is {len(ranks)}: this text gives no more tokens")
     return bpe_spec(ranks)
+
+
+def split_texts(texts, by_document):
+    """(digest, text) -> (split, text). A tenth of the documents is held out, by their digests, so
+    that nothing else matters; where there are few, the last tenth of each."""
+    for digest, text in texts:
+        if by_document:
+            yield ("val" if digest % 10 == 0 else "train"), text
+        else:
+            border = WORD_END.search(text, len(text) * 9 // 10)
+            border = border.start() if border else len(text) * 9 // 10
+            yield "train", text[:border]
+            yield "val", text[border:].lstrip("\n")
 
 
 def in_order(function, items, threads):
@@ -705,60 +688,73 @@ def in_order(function, items, threads):
             yield pending.popleft().result()
 
 
-def encode_corpus(corpus, tokenizer, folder, threads):
-    """The second reading: every text as tokens, into its split. -> {split: stats}"""
+def encode_texts(texts, tokenizer, folder, threads):
+    """(split, text) -> shards in folder, every text followed by <|endoftext|>. -> {split: stats}"""
     end = np.array([tokenizer.encode_single_token(END_OF_TEXT)])
     dtype = token_dtype(tokenizer.n_vocab)
     writers = {split: SplitWriter(folder, split, dtype) for split in ("train", "val")}
 
     def groups():
-        """Lists of (split, part of a text, None at its end): each enough work for a thread."""
+        """Lists of (split, part of a text or, at its end, ""), enough work for a thread's turn."""
         group, size = [], 0
-        for split, text in corpus.second_reading():
-            for part in [*cut(text), None] if text else []:
+        for split, text in texts:
+            for part in [*cut(text), ""] if text else []:
                 group.append((split, part))
-                size += len(part or "")
+                size += len(part)
                 if size >= PIECE_CHARS:
                     yield group
                     group, size = [], 0
         yield group
 
     def encode(group):
-        """[(split, tokens, bytes they stand for)]"""
-        return [
-            (
-                (split, tokenizer.encode_to_numpy(part, disallowed_special=()), len(part.encode()))
-                if part
-                else (split, end, 0)
-            )
-            for split, part in group
-        ]
+        encode_part = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
+        return [(split, part, encode_part(part) if part else end) for split, part in group]
 
     for group in in_order(encode, groups(), threads):
-        for split, tokens, size in group:
+        for split, part, tokens in group:
             writers[split].write(tokens)
-            writers[split].stats["bytes"] += size
-            writers[split].stats["documents"] += tokens is end
-    for split, writer in writers.items():
+            writers[split].stats["bytes"] += len(part.encode())
+            writers[split].stats["documents"] += not part
+    for writer in writers.values():
         writer.close()
         if not writer.stats["bytes"]:
             raise ValueError("too little text to hold out a tenth of it")
     return {split: writer.stats for split, writer in writers.items()}
 
 
-def report(corpus, meta, tokenizer, out):
+def report(meta, tokenizer, out):
     """What was made, in numbers, and a look at it."""
-    dropped = len(corpus.digests) - len(np.unique(np.frombuffer(corpus.digests, np.uint64)))
     print(f"{'':8}{'documents':>12}{'bytes':>15}{'tokens':>15}{'bytes/token':>13}")
     for split, s in meta["splits"].items():
-        print(
-            f"{split:8}{s['documents']:12,}{s['bytes']:15,}{s['tokens']:15,}"
-            f"{s['bytes'] / s['tokens']:13.2f}"
-        )
-    print(f"{dropped:,} duplicates and {corpus.too_short:,} short documents dropped")
-    arrays = open_data(out)["splits"]["train"]["arrays"]
-    tokens = [tokenizer.decode([t]) for t in arrays[0][:60].tolist()]
-    print("It begins, token by token:", "|".join(tokens).replace("\n", "\\n"))
+        print(f"{split:8}{s['documents']:12,}{s['bytes']:15,}{s['tokens']:15,}", end="")
+        print(f"{s['bytes'] / s['tokens']:13.2f}")
+    start = open_data(out)["splits"]["train"]["arrays"][0][:60].tolist()
+    tokens = "|".join(tokenizer.decode([token]) for token in start)
+    print("The first tokens:", tokens.replace("\n", "\\n"))
+
+
+def prepare(args, partial):
+    """Makes the data folder partial, complete but for its final name. -> meta, tokenizer"""
+    spool = partial / "text"
+    digests, too_short = gather(args, spool)
+    spec = choose_tokenizer(args, spool, digests)
+    tokenizer = build_tokenizer(spec)
+    distinct = len(np.unique(digests))
+    texts = split_texts(distinct_texts(spool, digests, "encoding"), by_document=distinct >= 200)
+    meta = {
+        "format": FORMAT,
+        "tokenizer": spec,
+        "vocab_size": tokenizer.n_vocab,
+        "eot_token": tokenizer.encode_single_token(END_OF_TEXT),
+        "dtype": token_dtype(tokenizer.n_vocab).name,
+        "splits": encode_texts(texts, tokenizer, partial, args.threads),
+        "sources": args.inputs or [f"the manual of Python {platform.python_version()}"],
+        "digest": hashlib.sha256(digests).hexdigest(),  # of all text
+    }
+    spool.unlink()
+    (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    print(f"{len(digests) - distinct:,} duplicates and {too_short:,} short documents dropped")
+    return meta, tokenizer
 
 
 @script
@@ -777,32 +773,20 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.vocab_size and args.vocab_size < 256:
         raise ValueError(f"--vocab_size={args.vocab_size}: 256 at least, one for every byte")
+    if args.tokenizer != "bpe" and not pathlib.Path(args.tokenizer).is_dir():
+        build_tokenizer({"name": args.tokenizer})  # complain before the long work, not after it
     out = pathlib.Path(args.out)
     if out.exists() and not may_replace(out):
         raise ValueError(f"--out={out}: not a data folder of ours; it stays as it is, name another")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    corpus = Corpus(args)
-    spec = choose_tokenizer(args, corpus)
-    tokenizer = build_tokenizer(spec)
     partial.mkdir(parents=True)
     try:
-        meta = {
-            "format": FORMAT,
-            "tokenizer": spec,
-            "vocab_size": tokenizer.n_vocab,
-            "eot_token": tokenizer.encode_single_token(END_OF_TEXT),
-            "dtype": token_dtype(tokenizer.n_vocab).name,
-            "splits": encode_corpus(corpus, tokenizer, partial, args.threads),
-            "sources": args.inputs or [f"the manual of Python {platform.python_version()}"],
-            "digest": hashlib.sha256(corpus.digests).hexdigest(),  # of all text read
-        }
-        (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        meta, tokenizer = prepare(args, partial)
         install(partial, out)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    report(corpus, meta, tokenizer, out)
+    report(meta, tokenizer, out)
 
 
 if __name__ == "__main__":
