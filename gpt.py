@@ -82,13 +82,11 @@ class KVCache:
         self.layers = [weight.new_empty(shape) for _ in range(config.n_layer)]
         self.position = 0  # tokens read so far; hidden() moves it on
 
-    def extend(self, layer, k, v):
-        """Stores k and v (B, n_head, T, head_size) of new tokens; returns those of all tokens."""
-        end = self.position + k.size(2)
-        keys_values = self.layers[layer]
-        keys_values[0, :, :, self.position : end] = k
-        keys_values[1, :, :, self.position : end] = v
-        return keys_values[:, :, :, :end]  # (2, B, n_head, end, head_size)
+    def extend(self, layer, keys_values):
+        """Stores those of new tokens, (2, B, n_head, T, head_size); returns those of all tokens."""
+        all_of_them, new = self.layers[layer], keys_values.size(3)
+        all_of_them.narrow(3, self.position, new).copy_(keys_values)
+        return all_of_them.narrow(3, 0, self.position + new)
 
 
 class CausalSelfAttention(nn.Module):
@@ -102,17 +100,18 @@ class CausalSelfAttention(nn.Module):
         self.dropout, self.attn_dropout = config.dropout, config.attn_dropout
 
     def heads(self, x):
-        """x (B, T, C) -> q, k, v, each (B, n_head, T, head_size): views, nothing is copied."""
+        """x (B, T, C) -> q, k and v as (3, B, n_head, T, head_size), a view: nothing is copied."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         return qkv.permute(2, 0, 3, 1, 4)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q, k, v = self.heads(x)
+        qkv = self.heads(x)
+        q, k, v = qkv
         mask, is_causal = None, T > 1  # one token alone may look at everything there is
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
+            k, v = cache.extend(self.layer, qkv[1:])
             if T > 1 and cache.position > 0:  # several tokens behind a cache: is_causal would
                 S = k.size(2)  # align the mask with the cache's first token, not with its last
                 mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
@@ -120,7 +119,8 @@ class CausalSelfAttention(nn.Module):
         dropout = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        y = self.c_proj(y)
+        return F.dropout(y, self.dropout) if self.training else y
 
 
 # --- the transformer ------------------------------------------------------------------------------
@@ -137,7 +137,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
+        x = self.c_proj(x)  # (B, T, C)
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class Block(nn.Module):
@@ -200,7 +201,8 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        if self.training:
+            x = F.dropout(x, self.config.dropout)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
@@ -217,7 +219,6 @@ class GPT(nn.Module):
             return self.lm_head(x)
         return next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    @torch.no_grad()
     def generate(
         self,
         idx,
@@ -240,14 +241,18 @@ class GPT(nn.Module):
         of it again, as if the text began there, and goes on. Longer prompts keep their end.
         """
         block_size = self.config.block_size
-        text = new = idx[:, -block_size:]
-        cache = KVCache(self, idx.size(0), min(block_size, text.size(1) + max_new_tokens))
+        new = idx[:, -block_size:]
+        read = [new]  # since the last beginning
+        cache = KVCache(self, idx.size(0), min(block_size, new.size(1) + max_new_tokens))
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
         for _ in range(max_new_tokens):
             if cache.position == block_size:
-                cache.position, new = 0, text[:, -max(1, block_size // 2) :]
-            logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, vocab_size)
-            token = sample(logits, temperature, top_k, top_p, generator)
+                new = torch.cat(read, dim=1)[:, -max(1, block_size // 2) :]
+                read, cache.position = [new], 0
+            with torch.inference_mode():
+                logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, vocab_size)
+                token = sample(logits, temperature, top_k, top_p, generator)
+            token = token.clone()  # a tensor like any other, which autograd may work with
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped = token == stop_token
@@ -255,7 +260,7 @@ class GPT(nn.Module):
             if stop_token is not None and stopped.all():
                 return
             new = token[:, None]
-            text = torch.cat([text, new], dim=1)[:, -block_size:]
+            read.append(new)
 
     @torch.no_grad()
     def attention_maps(self, idx):
@@ -330,38 +335,35 @@ def next_token_loss(x, weight, targets):
     return F.linear_cross_entropy(x, weight, targets, options=options)
 
 
-# --- choosing the next token: pure functions on logits (B, vocab_size) -----------------------------
-
-
-def keep_top_k(logits, k):
-    """All but the k largest logits become -inf: exactly k stay, also where some are equal."""
-    values, tokens = logits.topk(min(k, logits.size(-1)))
-    return torch.full_like(logits, -math.inf).scatter(-1, tokens, values)
+# --- choosing the next token ----------------------------------------------------------------------
 
 
 def keep_top_p(logits, p):
-    """Keeps the fewest likeliest tokens whose probability reaches p (Holtzman et al. 2020)."""
-    values, tokens = logits.sort(descending=True)
+    """Of logits (B, n), leaves the fewest likeliest whose probability reaches p; -inf elsewhere.
+
+    Nucleus sampling: Holtzman et al. 2020.
+    """
+    values, order = logits.sort(descending=True)
     probs = F.softmax(values, dim=-1)
-    before = probs.cumsum(-1) - probs  # probability of all likelier tokens: 0 for the first
-    return torch.full_like(logits, -math.inf).scatter(
-        -1, tokens, values.masked_fill(before >= p, -math.inf)
-    )
+    before = probs.cumsum(-1) - probs  # probability of all likelier tokens: 0 for the likeliest
+    kept = values.masked_fill(before >= p, -math.inf)
+    return torch.empty_like(logits).scatter(-1, order, kept)
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token id for each row: logits (B, vocab_size) -> (B,) int64. See GPT.generate."""
+    """Draws a token for each row: logits (B, vocab_size) -> (B,) int64. See GPT.generate."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k:
-        logits = keep_top_k(logits, top_k)
+    logits, tokens = logits / temperature, None
+    if top_k:  # from here on, only these: (B, k), exactly k also where some are equal
+        logits, tokens = logits.topk(min(top_k, logits.size(-1)))
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
     probs = F.softmax(logits, dim=-1)
     if probs.isnan().any():
         raise ValueError("the model's logits are not finite: its weights are damaged")
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+    return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
 
 
 # --- the machine ----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import gpt
 import prepare_data
 import sample
 import train
-from gpt import GPT, GPTConfig, KVCache, causal_attention, keep_top_k, keep_top_p, load_checkpoint
+from gpt import GPT, GPTConfig, KVCache, causal_attention, keep_top_p, load_checkpoint
 from prepare_data import SPLIT, bpe_encode, bpe_spec, build_tokenizer, clean, cut, train_bpe
 
 TINY = {"block_size": 16, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -222,12 +222,14 @@ def test_greedy_takes_the_likeliest():
     assert torch.equal(gpt.sample(logits, top_p=1e-6), logits.argmax(-1))
 
 
-def test_top_k_keeps_exactly_k_also_among_equals():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [4.0, 1.0, 2.0, 3.0]])
-    kept = keep_top_k(logits, 2)
-    assert torch.equal(kept.isfinite().sum(-1), torch.tensor([2, 2]))
-    assert kept[1].tolist() == [4.0, -math.inf, -math.inf, 3.0]
-    assert torch.equal(keep_top_k(logits, 99), logits)
+def test_top_k_draws_from_exactly_k_also_among_equals():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [4.0, 1.0, 2.0, 3.9]])
+    drawn = torch.stack([gpt.sample(logits, top_k=2) for _ in range(100)])
+    assert len(set(drawn[:, 0].tolist())) == 2
+    assert 0 not in drawn[:, 0]
+    assert set(drawn[:, 1].tolist()) == {0, 3}
+    drawn = torch.stack([gpt.sample(logits, temperature=9, top_k=99) for _ in range(100)])
+    assert set(drawn[:, 0].tolist()) == {0, 1, 2, 3}
 
 
 def test_top_p_keeps_the_fewest_that_reach_p():
