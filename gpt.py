@@ -171,19 +171,30 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        self.tie_weights()
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's: N(0, 0.02), zero biases (Radford et al. 2018, section 4.1; 2019, section 2.3).
+
+        Where the head is a matrix of its own, the embeddings need not be small for its sake. Then
+        tokens begin at N(0, 1), so that the first steps cannot drown them; positions as sinusoids
+        (Vaswani et al. 2017, section 3.5), so that near and far look different from the start;
+        and the head at zero, so that the first loss is ln(vocab_size) exactly.
+        """
+        config, transformer = self.config, self.transformer
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 n_layer branches add up in the residual stream
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.tie_weights()
-
-    @staticmethod
-    def _init_weights(module):
-        """N(0, 0.02) and zero biases (Radford et al. 2018, section 4.1)."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+                parameter.normal_(std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                parameter.normal_(std=0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+        if not config.tie_weights:
+            transformer.wte.weight.normal_()
+            transformer.wpe.weight.copy_(sinusoids(config.block_size, config.n_embd))
+            self.lm_head.weight.zero_()
 
     def tie_weights(self):
         """Makes lm_head and wte one tensor again, where the config has them so."""
@@ -315,6 +326,17 @@ class GPT(nn.Module):
             raise ValueError(f"weights do not fit their config: {error}") from error
         model.tie_weights()
         return model.eval()
+
+
+def sinusoids(length, n_embd):
+    """(length, n_embd): sines and cosines of positions, of wavelengths from 2π to 10,000 · 2π.
+
+    Scaled to a mean square of 1, where Vaswani et al. 2017, section 3.5, have 1/2.
+    """
+    frequencies = 10_000 ** (-torch.arange(0, n_embd, 2) / n_embd)
+    angles = torch.arange(length)[:, None] * frequencies
+    pairs = torch.stack([angles.sin(), angles.cos()], dim=2)  # (length, n_embd / 2, 2)
+    return math.sqrt(2) * pairs.flatten(1)[:, :n_embd]
 
 
 # --- the loss -------------------------------------------------------------------------------------

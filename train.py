@@ -53,20 +53,20 @@ class TrainConfig:
     dropout: float = option(0.0, "on embeddings and residual branches", fixed=True)
     attn_dropout: float = option(0.0, "on attention weights", fixed=True)
     bias: bool = option(True, "biases in Linear and LayerNorm", fixed=True)
-    tie_weights: bool = option(True, "the output head shares the token embedding", fixed=True)
+    tie_weights: bool = option(False, "the output head shares the token embedding", fixed=True)
     # a step sees batch_size * gradient_accumulation_steps * block_size tokens
-    batch_size: int = option(6, "windows in a micro-batch", fixed=True)
+    batch_size: int = option(4, "windows in a micro-batch", fixed=True)
     gradient_accumulation_steps: int = option(1, "micro-batches in a step", fixed=True)
     seed: int = option(1337, "of weights, batches and dropout", fixed=True, least=0)
     # AdamW, with warmup and cosine decay
-    max_iters: int = option(3000, "steps")
-    learning_rate: float = option(4e-3, "the highest, at the end of warmup")
+    max_iters: int = option(5000, "steps")
+    learning_rate: float = option(1e-3, "the highest, at the end of warmup")
     min_lr: float | None = option(None, "the lowest, in the last step (default: a tenth of it)")
-    warmup_iters: int = option(100, "steps in which the learning rate rises", least=0)
+    warmup_iters: int = option(20, "steps in which the learning rate rises", least=0)
     lr_decay_iters: int | None = option(None, "steps until min_lr (default: max_iters)", least=1)
     weight_decay: float = option(0.1, "of matrices, not of biases and LayerNorm")
     beta1: float = option(0.9, "AdamW's memory of the gradient")
-    beta2: float = option(0.95, "AdamW's memory of its square")
+    beta2: float = option(0.99, "AdamW's memory of its square")
     grad_clip: float = option(1.0, "the highest norm of the gradient (0: any)")
     # what is seen of it
     eval_interval: int = option(500, "steps between evaluations, each of which saves")
@@ -242,13 +242,34 @@ class Machine:
 
 
 def configure_optimizer(model, learning_rate, weight_decay, betas):
-    """AdamW (Loshchilov & Hutter 2019); weights decay where they are matrices, and only there."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    """AdamW (Loshchilov & Hutter 2019); weights decay where they are matrices, and only there.
+
+    A group's "lr_scale" multiplies the learning rate. A row of the token embedding learns only
+    when its token comes by, and neither it nor a row of the head grows with the model's width
+    (Yang et al. 2022, "Tensor Programs V"): both bear, and want, larger steps than the matrices
+    between them. A tied head, which is both at once, does not.
+    """
+    scales = {"transformer.wte.weight": 20, "lm_head.weight": 4}
+    tied = "lm_head.weight" not in dict(model.named_parameters())
+    groups = {}  # (lr_scale, weight_decay): parameters
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = 1 if tied else scales.get(name, 1)
+            decay = weight_decay if parameter.dim() >= 2 else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": params,
+                "lr": learning_rate * scale,
+                "lr_scale": scale,
+                "weight_decay": decay,
+            }
+            for (scale, decay), params in groups.items()
+        ],
+        betas=betas,
+        fused=True,
+    )
 
 
 def learning_rate_at(step, config):
@@ -406,7 +427,7 @@ class Trainer:
         config, state, scaler = self.config, self.state, self.machine.scaler
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(state["step"], config)
+            group["lr"] = learning_rate_at(state["step"], config) * group["lr_scale"]
         seed_dropout(config.seed, state["step"])
         loss = 0.0
         for n in micro_batches_of(state["step"], config.gradient_accumulation_steps):
@@ -434,7 +455,7 @@ class Trainer:
 
     def log(self, **metrics):
         """A line of output and a row of metrics.csv, about the steps since the last one."""
-        state, loss = self.state, sum(self.losses) / len(self.losses)
+        config, state, loss = self.config, self.state, sum(self.losses) / len(self.losses)
         seconds = state["seconds"] - self.logged["seconds"]
         tokens_per_s = (state["tokens"] - self.logged["tokens"]) / seconds
         self.metrics.add(
@@ -442,16 +463,16 @@ class Trainer:
                 "step": state["step"],
                 "tokens": state["tokens"],
                 "seconds": round(state["seconds"], 3),
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": learning_rate_at(state["step"] - 1, config),
                 "train_loss": loss,
                 "grad_norm": self.norm,
                 "tokens_per_s": round(tokens_per_s),
                 **metrics,
             }
         )
-        left = (self.config.max_iters - state["step"]) * seconds / len(self.losses)
+        left = (config.max_iters - state["step"]) * seconds / len(self.losses)
         print(
-            f"step {state['step']:5}/{self.config.max_iters}  loss {loss:.3f}",
+            f"step {state['step']:5}/{config.max_iters}  loss {loss:.3f}",
             f"{loss * self.bits_per_byte:.3f} bits/byte",
             f"{tokens_per_s:,.0f} tokens/s",
             f"{clock(left)} left",
