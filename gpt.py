@@ -1,4 +1,4 @@
-"""GPT: the model, whole, in one file that needs only PyTorch.
+"""GPT: the model, whole, in one file that needs only PyTorch (2.13, or newer).
 
     from gpt import GPT, GPTConfig
     model = GPT(GPTConfig(block_size=128, vocab_size=1024, n_layer=4, n_head=4, n_embd=128))
@@ -8,7 +8,8 @@
 
 The architecture is GPT-2's (Radford et al. 2019): a decoder-only transformer (Vaswani et al. 2017,
 "Attention Is All You Need") with LayerNorm before each branch, learned positions and tanh GELU.
-Parameters bear the names of Hugging Face's GPT-2. Shapes in comments: B sequences in a batch,
+Parameters bear the names of Hugging Face's GPT-2 (whose matrices are the transpose of these, but
+for the embeddings). Shapes in comments: B sequences in a batch,
 T tokens in each, C = n_embd channels.
 """
 
@@ -16,7 +17,7 @@ import contextlib
 import math
 import os
 import pathlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch import nn
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 124M. Raises ValueError where it makes none."""
+    """The shape of a model; the defaults are GPT-2 124M. Raises ValueError if it is not one."""
 
     block_size: int = 1024  # longest context, tokens
     vocab_size: int = 50257
@@ -54,7 +55,7 @@ class GPTConfig:
 
 
 def attention_weights(q, k):
-    """softmax(Q Kᵀ / √d_k + M): how much each token takes from each token before it.
+    """softmax(Q Kᵀ / √d_k + M): how much each token attends to itself and to each token before it.
 
     q and k are (B, n_head, T, head_size); the result is (B, n_head, T, T), rows sum to 1.
     M is the causal mask, -inf on the future (Vaswani et al. 2017, equation 1 and section 3.2.3).
@@ -71,22 +72,23 @@ def causal_attention(q, k, v):
 
 
 class KVCache:
-    """Keys and values of the tokens a model has read, so that a new token costs one short step.
+    """Keys and values of the tokens read so far, so that each new token costs one short step.
 
-    Memory: 2 · n_layer · batch_size · length · n_embd numbers.
+    An optimisation of generate: skip it on a first reading. Memory: 2 · n_layer · batch_size ·
+    length · n_embd numbers.
     """
 
     def __init__(self, model, batch_size, length):
         config, weight = model.config, model.transformer.wte.weight
         shape = (2, batch_size, config.n_head, length, config.n_embd // config.n_head)
         self.layers = [weight.new_empty(shape) for _ in range(config.n_layer)]
-        self.position = 0  # tokens read so far; hidden() moves it on
+        self.position = 0  # tokens read so far, counted by GPT.hidden
 
     def extend(self, layer, keys_values):
-        """Stores those of new tokens, (2, B, n_head, T, head_size); returns those of all tokens."""
-        all_of_them, new = self.layers[layer], keys_values.size(3)
-        all_of_them.narrow(3, self.position, new).copy_(keys_values)
-        return all_of_them.narrow(3, 0, self.position + new)
+        """Appends those of new tokens, (2, B, n_head, T, head_size); returns all so far."""
+        stored, end = self.layers[layer], self.position + keys_values.size(3)
+        stored[:, :, :, self.position : end] = keys_values
+        return stored[:, :, :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -109,15 +111,13 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.heads(x)
         q, k, v = qkv
-        mask, is_causal = None, T > 1  # one token alone may look at everything there is
         if cache is not None:
             k, v = cache.extend(self.layer, qkv[1:])
-            if T > 1 and cache.position > 0:  # several tokens behind a cache: is_causal would
-                S = k.size(2)  # align the mask with the cache's first token, not with its last
-                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-                is_causal = False
+        S, mask = k.size(2), None
+        if 1 < T < S:  # is_causal would line up with the first key, but the last is what matters
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.attn_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         y = self.c_proj(y)
         return F.dropout(y, self.dropout) if self.training else y
@@ -197,27 +197,30 @@ class GPT(nn.Module):
             self.lm_head.weight.zero_()
 
     def tie_weights(self):
-        """Makes lm_head and wte one tensor again, where the config has them so."""
+        """Makes lm_head and wte one tensor, if the config has them so."""
         if self.config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
+
+    def embed(self, idx, start=0):
+        """idx (B, T), the first at position start -> (B, T, n_embd): which token, and where."""
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
+        return F.dropout(x, self.config.dropout) if self.training else x
 
     def hidden(self, idx, cache=None):
         """idx (B, T) int64 -> (B, T, n_embd) after the final LayerNorm: what any head builds on.
 
-        With a KVCache, idx are the tokens after those the cache has; it learns them too.
-        Raises ValueError where tokens would stand beyond block_size.
+        With a KVCache, idx are the tokens after those that it holds, and it comes to hold them
+        too. Raises ValueError if there are more than block_size.
         """
-        start = cache.position if cache is not None else 0
-        end = start + idx.size(1)
-        if end > self.config.block_size:
-            raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]  # (B, T, C)
-        if self.training:
-            x = F.dropout(x, self.config.dropout)
+        start = 0 if cache is None else cache.position
+        x = self.embed(idx, start)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
-            cache.position = end
+            cache.position = start + idx.size(1)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -240,20 +243,20 @@ class GPT(nn.Module):
         stop_token=None,
         generator=None,
     ):
-        """Continues idx (B, T), yielding the next token of every sequence, (B,) int64, each step.
+        """Yields the next token of each of the sequences idx (B, T), as (B,) int64, step by step.
 
-        temperature 0 takes the likeliest token; otherwise logits are divided by it and, of the
-        top_k likeliest, and of the likeliest that together reach probability top_p, one is drawn
-        by generator. A sequence that has met stop_token goes on yielding it; the iterator ends
-        when all have, or after max_new_tokens. All of it at once, as (B, n):
-        torch.stack(list(model.generate(idx, n)), dim=1). Call eval() first, or dropout is on.
+        temperature 0 takes the likeliest token; otherwise one is drawn from softmax(logits /
+        temperature), restricted to the top_k likeliest, then to the fewest that reach probability
+        top_p. A sequence that has met stop_token repeats it; when all have, or after
+        max_new_tokens, the iterator ends. Call eval() first, or dropout is on. All at once,
+        (B, n): torch.stack(list(model.generate(idx, n)), dim=1).
 
-        Learned positions cannot slide: when the context is full, the model reads the last half
-        of it again, as if the text began there, and goes on. Longer prompts keep their end.
+        Learned positions cannot slide: when the context is full, the model reads its last half
+        again, as if the text began there. Of a prompt longer than block_size, the end counts.
         """
         block_size = self.config.block_size
         new = idx[:, -block_size:]
-        read = [new]  # since the last beginning
+        read = [new]  # what the cache holds, or will, of each sequence
         cache = KVCache(self, idx.size(0), min(block_size, new.size(1) + max_new_tokens))
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
         for _ in range(max_new_tokens):
@@ -268,7 +271,7 @@ class GPT(nn.Module):
                 token = token.masked_fill(stopped, stop_token)
                 stopped = token == stop_token
             yield token
-            if stop_token is not None and stopped.all():
+            if stopped.all():
                 return
             new = token[:, None]
             read.append(new)
@@ -279,7 +282,7 @@ class GPT(nn.Module):
 
         Call eval() first, or dropout is on.
         """
-        maps, x = [], self.transformer.wte(idx) + self.transformer.wpe.weight[: idx.size(1)]
+        maps, x = [], self.embed(idx)
         for block in self.transformer.h:
             q, k, _ = block.attn.heads(block.ln_1(x))
             maps.append(attention_weights(q, k))
@@ -302,21 +305,21 @@ class GPT(nn.Module):
             weight[:kept] = module.weight[:kept]
             module.weight = nn.Parameter(weight)
         self.transformer.wte.num_embeddings = self.lm_head.out_features = vocab_size
-        self.config.vocab_size = vocab_size
+        self.config = replace(self.config, vocab_size=vocab_size)
         self.tie_weights()
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
         """The model in what load_checkpoint returned: eval mode, CPU, sharing its tensors.
 
-        changes override its config, say dropout. Raises ValueError where weights do not fit it.
+        changes override its config's dropouts. Raises ValueError if the weights do not fit it.
         """
         try:
             config = GPTConfig(**{**checkpoint["config"], **changes})
         except TypeError as error:
             raise ValueError(f"unknown config: {error}") from error
         weights = checkpoint["model"]
-        if config.n_layer > len(weights):
+        if config.n_layer > len(weights):  # a damaged number must not cost a billion blocks
             raise ValueError(f"config has n_layer {config.n_layer} but there are fewer tensors")
         try:
             with torch.device("meta"):  # the shapes alone: no memory, no random numbers
@@ -345,16 +348,21 @@ def sinusoids(length, n_embd):
 def next_token_loss(x, weight, targets):
     """Mean cross-entropy, in nats, of logits = x weightᵀ over the targets that are not -100.
 
-    x (N, C), weight (vocab_size, C), targets (N,). GPT-2's vocabulary makes the logits the largest
-    tensor of all; then they are formed, and their gradient with them, 512 rows at a time.
+    x (N, C), weight (vocab_size, C), targets (N,). With GPT-2's vocabulary the logits would be the
+    largest tensor of all: then they and their gradient are computed 512 rows at a time.
     """
     if weight.size(0) < 8192:  # small: the plain way is faster
         return F.cross_entropy(F.linear(x, weight), targets)
-    if torch.is_autocast_enabled(x.device.type):  # the fused function does not look at autocast
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
-    return F.linear_cross_entropy(x, weight, targets, options=options)
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return F.linear_cross_entropy(x, weight, targets, options=options)
+    # The fused function does not look at autocast, and its mean would be rounded to the short type.
+    dtype = torch.get_autocast_dtype(device)
+    losses = F.linear_cross_entropy(
+        x.to(dtype), weight.to(dtype), targets, reduction="none", options=options
+    )
+    return losses.float().sum() / (targets != -100).sum()
 
 
 # --- choosing the next token ----------------------------------------------------------------------
@@ -377,13 +385,13 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     logits, tokens = logits / temperature, None
+    if not logits.isfinite().all():
+        raise ValueError("logits are not finite: damaged weights, or too small a temperature")
     if top_k:  # from here on, only these: (B, k), exactly k also where some are equal
         logits, tokens = logits.topk(min(top_k, logits.size(-1)))
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
     probs = F.softmax(logits, dim=-1)
-    if probs.isnan().any():
-        raise ValueError("the model's logits are not finite: its weights are damaged")
     drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
     return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
 
@@ -394,15 +402,14 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 def pick_device(name=None):
     """ "cpu", "cuda:1", "mps" ... or None for the best there is -> torch.device, tried out.
 
-    Raises ValueError where it is not to be had.
+    Raises ValueError if it is not available.
     """
     name = name or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0][:90]
-        raise ValueError(f"device {name} is not available here ({reason})") from error
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {name} is not available here ({error!s:.90})") from error
     return device
 
 
@@ -434,7 +441,7 @@ def load_checkpoint(path):
     """What save_checkpoint wrote: {"config", "model", ...}, tensors on the CPU.
 
     path is a file or a run's folder (its best.pt, or last.pt while there is none). Nothing in the
-    file is executed. Raises FileNotFoundError, or ValueError where it is not such a checkpoint.
+    file is executed. Raises OSError, or ValueError if it is not such a checkpoint.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -444,11 +451,12 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:
-        raise ValueError(
-            f"{path}: not a checkpoint, or damaged ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(f"{path}: not a checkpoint, or damaged ({error!r:.90})") from error
     match checkpoint:
+        # int(): what is compared could be a tensor
         case {"format": int(version), "config": dict(), "model": dict()} if version == 1:
             return checkpoint
     raise ValueError(f"{path}: not a checkpoint of this project (format 1)")

@@ -6,26 +6,26 @@
     python prepare_data.py stories.txt --separator='<|endoftext|>' --vocab_size=4096
     python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, by tiktoken
 
-The way: documents -> clean -> BPE -> tokens of two splits -> train_00000.npy, ..., meta.json.
-Only a document at a time is in memory; the cleaned text lies on disk until it is encoded.
+The pipeline: documents -> clean -> BPE -> tokens of two splits -> shards, meta.json.
+A document must fit in memory, the corpus need not: its clean text lies on disk until it is encoded.
 """
 
 import argparse
 import array
 import ast
 import collections
-import concurrent.futures
+import contextlib
 import difflib
 import functools
 import hashlib
 import heapq
 import html.parser
+import http.client
 import itertools
 import json
 import os
 import pathlib
 import platform
-import pydoc_data.topics
 import shutil
 import sys
 import sysconfig
@@ -39,92 +39,12 @@ import regex
 import tiktoken
 
 FORMAT = 1  # of the data folder
-END_OF_TEXT = "<|endoftext|>"
-ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 SHARD_TOKENS = 100_000_000
 READ_BYTES = 1 << 20
-PIECE_CHARS = 1 << 16  # long documents go through the tokenizer in pieces of about this length
-
-# --- what the scripts share: flags, errors, progress ----------------------------------------------
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse that keeps a script's description as it is and names the flag nearest to a typo."""
-
-    def __init__(self, description):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def parse_args(self, argv=None, namespace=None):
-        args, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            self.error(f"unknown {flag}" + (f", did you mean {near[0]}?" if near else ""))
-        return args
-
-    def error(self, message):
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def count(text):
-    """An argparse type: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
-    return int(text)
-
-
-def script(main):
-    """Decorates a script's main: bad input ends it in one line on standard error and exit code 2.
-
-    Bad input is a ValueError or OSError, whose text says what is wrong and what to do about it.
-    """
-
-    @functools.wraps(main)
-    def run(argv=None):
-        try:
-            return main(argv)
-        except BrokenPipeError:  # the reader of our output has left, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141)
-        except KeyboardInterrupt:
-            raise SystemExit(130)
-        except (ValueError, OSError) as error:
-            message = str(error)
-            if isinstance(error, OSError) and error.strerror:
-                message = ": ".join(filter(None, (error.filename, error.strerror)))
-            print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-            raise SystemExit(2)
-
-    return run
-
-
-class Progress:
-    """How far a long job is, on standard error: a line that updates, or one now and then."""
-
-    def __init__(self, label, total):
-        self.label, self.total = label, total  # total in bytes; 0 where nobody knows
-        self.live = sys.stderr.isatty()
-        self.start = self.shown = time.monotonic()
-
-    def update(self, done):
-        now = time.monotonic()
-        if now - self.shown > (0.2 if self.live else 10):
-            self.shown, rate = now, done / (now - self.start)
-            left = max(0, self.total - done) / rate
-            line = f"{self.label}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
-            line += f", {left:.0f} s left" if self.total else ""
-            start, end = ("\r\x1b[K", "") if self.live else ("", "\n")
-            print(start + line, end=end, file=sys.stderr, flush=True)
-
-    def done(self):
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
+PART_CHARS = 1 << 16  # long documents go through the tokenizer in parts of about this length
+FEW_DOCUMENTS = 200  # with fewer, a tenth of them would be no fair sample
+END_OF_TEXT = "<|endoftext|>"
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat, which comes with fine-tuning
 
 # --- documents ------------------------------------------------------------------------------------
 
@@ -137,31 +57,33 @@ def read_documents(inputs, text_field="text", separator=None):
     the file and the place in it.
     """
     if not inputs:
-        print("reading the manual of Python", platform.python_version())
         yield from python_manual()
     for path in find_files(inputs):
         yield from read_file(path, text_field, separator)
 
 
 def find_files(inputs):
-    """The paths of all files in files, folders and URLs; folders give their text files, sorted."""
+    """The files that inputs stand for; a folder gives its text files, sorted, but no hidden ones."""
     files = []
     for name in map(str, inputs):
         is_url = name.startswith(("http://", "https://"))
         path = download(name) if is_url else pathlib.Path(name)
-        if path.is_dir():
-            inside = [f for f in sorted(path.rglob("*")) if f.is_file() and not is_binary(f)]
-            inside = [f for f in inside if "/." not in f"/{f.relative_to(path).as_posix()}"]
-            if not inside:
-                raise ValueError(f"{path}: no text files in this folder")
-            files += inside
-        else:
+        if not path.is_dir():
             files.append(path)
+            continue
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        inside = [p for p in inside if not any(n[0] == "." for n in p.relative_to(path).parts)]
+        inside = [p for p in inside if not is_binary(p)]
+        if not inside:
+            raise ValueError(f"{path}: no text files in this folder")
+        files += inside
     return files
 
 
 def is_binary(path):
-    """Text has no NUL bytes (UTF-16 has: convert it first)."""
+    """Whether there are NUL bytes, as text has none (but UTF-16 has: convert it first)."""
+    if path.exists() and not path.is_file():  # reading here would take from a pipe
+        raise ValueError(f"{path}: not a regular file; save its contents to one")
     with open(path, "rb") as file:
         return b"\0" in file.read(8192)
 
@@ -185,7 +107,7 @@ def read_file(path, text_field, separator):
     else:
         for offset, document in split_file(path, separator):
             text = decode(document, path, offset)
-            yield str(path), html_to_text(text) if extension in (".html", ".htm") else text
+            yield str(path), html_to_text(text, path) if extension in HTML else text
 
 
 def split_file(path, separator):
@@ -221,7 +143,7 @@ def decode(data, path, offset=0):
 
 def parse_json(data, where):
     try:
-        return json.loads(decode(data, where))
+        return json.loads(decode(data, where).removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if error.lineno > 1 else ""
         raise ValueError(f"{where}{line}: broken JSON: {error.msg}, column {error.colno}")
@@ -244,8 +166,9 @@ def download(url):
     folder = pathlib.Path("downloads")
     for path in (folder / name, folder / f"{name}.html"):
         if path.exists():
+            print(f"using {path}; delete it to download {url} again")
             return path
-    print(f"downloading {url} to {folder}/", file=sys.stderr)
+    print(f"downloading {url} to {folder}/")
     folder.mkdir(exist_ok=True)
     temporary = folder / f"{name}.tmp"
     try:
@@ -253,20 +176,22 @@ def download(url):
             shutil.copyfileobj(response, file)
             is_html = response.headers.get_content_type() == "text/html"
             missing = int(response.headers.get("Content-Length") or 0) - file.tell()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{url}: cannot be downloaded ({error})")
     if missing > 0:
         raise ValueError(f"{url}: the download broke off, {missing} bytes short; try again")
-    suffix = pathlib.Path(urllib.parse.urlsplit(url).path).suffix.lower()
-    path = folder / (f"{name}.html" if is_html and suffix not in (".html", ".htm") else name)
-    return temporary.replace(path)
+    has_suffix = pathlib.Path(name).suffix.lower() in HTML
+    return temporary.replace(folder / (f"{name}.html" if is_html and not has_suffix else name))
 
 
-UNSEEN = frozenset(("script", "style", "title", "template", "noscript", "svg", "iframe"))
-NEW_LINE = frozenset(("br", "hr", "li", "tr", "dt", "dd", "option"))
-BLOCK = frozenset(("address", "article", "aside", "blockquote", "body", "div", "dl", "figure"))
-BLOCK |= {"footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "main", "nav", "ol"}
-BLOCK |= {"p", "pre", "section", "table", "ul"}
+HTML = (".html", ".htm")
+HIDDEN = frozenset(("script", "style", "title", "template", "noscript", "svg", "iframe"))
+INLINE = frozenset(
+    ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "del", "dfn", "em", "font", "i")
+)
+INLINE |= {"ins", "kbd", "label", "mark", "q", "s", "samp", "small", "span", "strong", "sub", "sup"}
+INLINE |= {"time", "tt", "u", "var", "wbr"} | HIDDEN
+ONE_LINE = frozenset(("br", "dd", "dt", "li", "option", "td", "th", "tr"))  # not a paragraph
 
 
 class VisibleText(html.parser.HTMLParser):
@@ -274,54 +199,57 @@ class VisibleText(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.parts, self.unseen, self.preformatted = ["\n"], 0, 0
+        self.parts, self.hidden, self.preformatted = ["\n"], 0, 0
 
     def handle_starttag(self, tag, attributes):
-        self.unseen += tag in UNSEEN
+        self.hidden += tag in HIDDEN
         self.preformatted += tag == "pre"
-        if tag in NEW_LINE | BLOCK:
+        if tag not in INLINE:
             self.parts.append("\n")
 
     def handle_endtag(self, tag):
-        self.unseen = max(0, self.unseen - (tag in UNSEEN))
+        self.hidden = max(0, self.hidden - (tag in HIDDEN))
         self.preformatted = max(0, self.preformatted - (tag == "pre"))
-        if tag in BLOCK:
+        if tag not in INLINE | ONE_LINE:
             self.parts.append("\n")
 
     def handle_data(self, data):
         if not self.preformatted:
             data = regex.sub(r"\s+", " ", data)
             data = data.lstrip() if self.parts[-1].endswith("\n") else data
-        if data and not self.unseen:
+        if data and not self.hidden:
             self.parts.append(data)
 
 
-def html_to_text(page):
+def html_to_text(page, path="page"):
     """
-    >>> html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>")
-    '\\n\\nTom & Ann\\n\\nThey met.\\n'
+    >>> html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>").split("\\n")
+    ['', '', 'Tom & Ann', '', 'They met.', '']
     """
     parser = VisibleText()
-    parser.feed(page)
-    parser.close()
+    try:
+        parser.feed(page)
+        parser.close()
+    except AssertionError as error:  # html.parser's answer to some broken declarations
+        raise ValueError(f"{path}: broken HTML: {error}")
     return "".join(parser.parts)
 
 
-INVISIBLE = regex.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
+LINE_END = regex.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+JUNK = regex.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
 TRAILING_BLANKS = regex.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")
 BLANK_LINES = regex.compile(r"\n{3,}")
 
 
 def clean(text):
-    """What is done to all text: NFC, Unix line ends, no control characters or byte-order marks,
-    no blanks at line ends, no two blank lines in a row, none at the ends.
+    """Text in NFC, with \\n for line ends, no control characters or byte-order marks, no blanks at
+    line ends, at most one blank line in a row and none at the ends.
 
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
     """
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = TRAILING_BLANKS.sub("", INVISIBLE.sub("", text))
-    return BLANK_LINES.sub("\n\n", text).strip("\n")
+    text = unicodedata.normalize("NFC", JUNK.sub("", LINE_END.sub("\n", text)))
+    return BLANK_LINES.sub("\n\n", TRAILING_BLANKS.sub("", text)).strip("\n")
 
 
 # --- the default corpus: the manual inside every Python installation --------------------------------
@@ -332,18 +260,19 @@ def python_manual():
 
     The modules are read with ast, never imported.
     """
-    for name, text in sorted(pydoc_data.topics.topics.items()):
-        yield f"topic {name}", text
+    from pydoc_data.topics import topics  # here, since some systems come without it
+
+    for name in sorted(topics):
+        yield f"topic {name}", topics[name]
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
-        if not skipped.intersection(parts) and "-" not in path.as_posix()[len(str(library)) :]:
+        if skipped.isdisjoint(parts) and all(part.isidentifier() for part in parts):
             name = ".".join(part for part in parts if part != "__init__")
-            with open(path, "rb") as file:
-                entries = list(docstrings(ast.parse(file.read()), name))
+            entries = list(docstrings(ast.parse(path.read_bytes()), name))
             if entries:
-                yield name, "\n\n".join(f"# {n}\n\n{text}" for n, text in entries)
+                yield name, "\n\n".join(f"# {title}\n\n{text}" for title, text in entries)
 
 
 def docstrings(node, name):
@@ -360,18 +289,19 @@ def docstrings(node, name):
 # --- byte-pair encoding ---------------------------------------------------------------------------
 
 # GPT-2's rule for cutting text into pieces, which no token spans: endings like 's, words, numbers,
-# other signs, each with the blank before it, and white space (in tiktoken's possessive form).
+# other signs, each with the blank before it, and white space. (tiktoken's form: ++ is a + that
+# never gives back what it has matched, which is faster and here matches the same.)
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-WORD_END = regex.compile(r"(?<=[^\W_])(?=\s)")
+WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=\s)")
 
 
-def cut(text, length=PIECE_CHARS):
-    """Yields a long text in parts that begin at the white space after a word, where no token
-    begins earlier: the tokens of the parts are the tokens of the whole, in memory for one part."""
+def cut(text, length=PART_CHARS):
+    """Yields a long text in parts, cut where white space follows a word. No token crosses such a
+    point, so the parts encode exactly as the whole would."""
     start = 0
     while start < len(text):
-        end = WORD_END.search(text, start + length)
-        end = end.start() if end else len(text)
+        border = WORD_END.search(text, start + length)
+        end = border.start() if border else len(text)
         yield text[start:end]
         start = end
 
@@ -379,63 +309,67 @@ def cut(text, length=PIECE_CHARS):
 def train_bpe(texts, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016; on bytes, as Radford et al. 2019).
 
-    Begins with the 256 bytes and, until there are vocab_size tokens, makes one of the two
-    neighbours that stand together most often (of equals, the pair of smaller ids). Returns
-    {token bytes: rank}; fewer than vocab_size where no pair is left that occurs twice.
+    Starts with the 256 bytes and merges the most frequent adjacent pair (of equals, that of the
+    smaller ids) again and again, until there are vocab_size tokens or no pair occurs twice.
+    Returns {token bytes: rank}.
 
     >>> list(train_bpe(["low lower lowest"], 259))[256:]
     [b'lo', b'low', b' low']
     """
-    piece_counts = collections.Counter()
+    counts = collections.Counter()
     for text in texts:
         for part in cut(text):
-            piece_counts.update(regex.findall(SPLIT, part))
-    words = [list(piece.encode()) for piece in piece_counts]
-    counts = list(piece_counts.values())
+            counts.update(regex.findall(SPLIT, part))
+    pieces = [list(piece.encode()) for piece in counts]
+    counts = list(counts.values())
     pair_counts = collections.Counter()
-    where = collections.defaultdict(set)  # pair -> the words that (may) hold it
-    for index, word in enumerate(words):
-        for pair in itertools.pairwise(word):
-            pair_counts[pair] += counts[index]
-            where[pair].add(index)
-    heap = [(-n, pair) for pair, n in pair_counts.items()]
+    pieces_with = collections.defaultdict(set)  # pair -> the pieces that have, or had, it
+    for i, piece in enumerate(pieces):
+        for pair in itertools.pairwise(piece):
+            pair_counts[pair] += counts[i]
+            pieces_with[pair].add(i)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and len(tokens) < vocab_size:
-        negative, pair = heapq.heappop(heap)
-        n = pair_counts[pair]
-        if n < 2:
+        claimed, pair = heapq.heappop(heap)
+        count = pair_counts[pair]
+        if count < -claimed:  # other merges have used some up since: queue it again
+            heapq.heappush(heap, (-count, pair))
             continue
-        if n != -negative:  # other merges have eaten into it since: back, at its present count
-            heapq.heappush(heap, (-n, pair))
-            continue
-        left, right = pair
+        if count < 2:
+            break
         new = len(tokens)
-        tokens.append(tokens[left] + tokens[right])
-        changed = set()
-        for index in where.pop(pair):
-            word, n, i = words[index], counts[index], 0
-            while left in word[i:-1]:
-                i = word.index(left, i)
-                if word[i + 1] == right:
-                    word[i : i + 2] = [new]
-                    if i > 0:
-                        before = word[i - 1]
-                        pair_counts[before, left] -= n
-                        pair_counts[before, new] += n
-                        where[before, new].add(index)
-                        changed.add((before, new))
-                    if i + 1 < len(word):
-                        after = word[i + 1]
-                        pair_counts[right, after] -= n
-                        pair_counts[new, after] += n
-                        where[new, after].add(index)
-                        changed.add((new, after))
-                i += 1
-        del pair_counts[pair]
-        for pair in changed:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        for changed in merge(pair, new, pieces, counts, pair_counts, pieces_with):
+            heapq.heappush(heap, (-pair_counts[changed], changed))
     return {token: rank for rank, token in enumerate(tokens)}
+
+
+def merge(pair, new, pieces, counts, pair_counts, pieces_with):
+    """Puts new in the place of pair in all pieces and keeps the books; returns the new pairs."""
+    left, right = pair
+    new_pairs = set()
+    for i in pieces_with.pop(pair):
+        piece, count, start, merged = pieces[i], counts[i], 0, []
+        for end in range(1, len(piece)):
+            if piece[end] == right and piece[end - 1] == left and end > start:
+                merged += piece[start : end - 1]
+                if merged:
+                    pair_counts[merged[-1], left] -= count
+                    pair_counts[merged[-1], new] += count
+                    new_pairs.add((merged[-1], new))
+                    pieces_with[merged[-1], new].add(i)
+                merged.append(new)
+                start = end + 1
+                if start < len(piece):
+                    pair_counts[right, piece[start]] -= count
+                    pair_counts[new, piece[start]] += count
+                    new_pairs.add((new, piece[start]))
+                    pieces_with[new, piece[start]].add(i)
+        pieces[i] = merged + piece[start:]
+    del pair_counts[pair]
+    return new_pairs
 
 
 def bpe_encode(piece, ranks):
@@ -443,17 +377,17 @@ def bpe_encode(piece, ranks):
 
     Begins with single bytes and joins, again and again, the neighbours that were learned first.
 
-    >>> bpe_encode(" lower", {**train_bpe(["low lower lowest"], 259)})
+    >>> bpe_encode(" lower", train_bpe(["low lower lowest"], 259))
     [258, 101, 114]
     """
-    parts = [bytes([byte]) for byte in piece.encode()]
+    tokens = [bytes([byte]) for byte in piece.encode()]
     while True:
-        joined = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        first = min(joined, default=len(ranks))
-        if first == len(ranks):
-            return [ranks[part] for part in parts]
-        i = joined.index(first)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        joined = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(tokens)]
+        earliest = min(joined, default=len(ranks))
+        if earliest == len(ranks):
+            return [ranks[token] for token in tokens]
+        i = joined.index(earliest)
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
 
 
 def bpe_spec(ranks):
@@ -482,20 +416,18 @@ def build_tokenizer(spec):
                 f"tokenizer {name}: tiktoken cannot download it ({type(error).__name__}); set "
                 "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bpe"
             )
-    tokens, special = spec.get("tokens"), spec.get("special_tokens")
-    for strings in (tokens, special):
-        if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
-            raise ValueError("tokenizer: tokens and special_tokens must be lists of text")
     try:
-        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
-    except UnicodeEncodeError:
-        raise ValueError("tokenizer: a token holds a character that is no byte")
-    if len(ranks) < len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError("tokenizer: tokens must be distinct and hold all 256 single bytes")
-    if END_OF_TEXT not in special or len(set(special)) < len(special):
-        raise ValueError(f"tokenizer: special_tokens must be distinct and hold {END_OF_TEXT}")
-    ids = {text: len(tokens) + i for i, text in enumerate(special)}
-    return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=ids)
+        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(spec["tokens"])}
+        special = {name: len(ranks) + i for i, name in enumerate(spec["special_tokens"])}
+        if len(ranks) < len(spec["tokens"]) or not all(
+            bytes([byte]) in ranks for byte in range(256)
+        ):
+            raise ValueError("not all bytes, or a token twice")
+        if special[END_OF_TEXT] >= len(ranks) + len(special):
+            raise ValueError("a special token twice")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"damaged tokenizer ({error!r:.90})") from error
+    return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
 
 
 # --- the data folder ------------------------------------------------------------------------------
@@ -543,68 +475,171 @@ def open_data(folder):
 
     Raises FileNotFoundError or ValueError where the folder is not there, not ours or not whole.
     """
-    folder = pathlib.Path(folder)
-    path = folder / "meta.json"
+    path = pathlib.Path(folder, "meta.json")
     if not path.exists():
-        raise FileNotFoundError(f"{folder}: no prepared data; python prepare_data.py makes it")
+        raise FileNotFoundError(
+            f"{folder}: no prepared data; prepare_data.py --out={folder} makes it"
+        )
     meta = parse_json(path.read_bytes(), path)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{path}: not of format {FORMAT}; make the folder anew: prepare_data.py")
+        raise ValueError(f"{path}: not of format {FORMAT}; run prepare_data.py again")
     try:
         dtype = token_dtype(meta["vocab_size"])
         if dtype != meta["dtype"] or len(meta["tokenizer"].get("tokens", ())) > meta["vocab_size"]:
-            raise ValueError("vocab_size, dtype and tokenizer do not go together")
-        for split in ("train", "val"):
-            stats = meta["splits"][split]
-            stats["arrays"] = [open_shard(folder / name, dtype) for name in stats["shards"]]
-            if sum(map(len, stats["arrays"])) != stats["tokens"] or not stats["bytes"] > 0:
-                raise ValueError(f"{split} shards do not hold the tokens that are listed")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError("vocab_size, dtype and tokenizer disagree")
+        for split in (meta["splits"]["train"], meta["splits"]["val"]):
+            shards = [np.load(path.with_name(name), mmap_mode="r") for name in split["shards"]]
+            if any(shard.dtype != dtype or shard.ndim != 1 for shard in shards):
+                raise ValueError(f"the shards are not 1-D {dtype}")
+            if sum(map(len, shards)) != split["tokens"] or not split["bytes"] > 0:
+                raise ValueError("the shards do not hold the tokens that are listed")
+            split["arrays"] = shards
+        meta["digest"] + ""
+    except Exception as error:  # a bad header in a shard can raise almost anything
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{folder}: damaged: {reason}; make it anew: prepare_data.py") from error
+        raise ValueError(f"{folder}: damaged ({reason}); run prepare_data.py again") from error
     return meta
 
 
-def open_shard(path, dtype):
-    try:
-        shard = np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise ValueError(f"{path.name} is missing")
-    except Exception as error:  # a bad header can raise almost anything
-        raise ValueError(f"{path.name} is truncated or not a shard ({error})") from error
-    if shard.dtype != dtype or shard.ndim != 1:
-        raise ValueError(f"{path.name} is {shard.ndim}-D {shard.dtype}, not 1-D {dtype}")
-    return shard
-
-
-def may_replace(folder):
-    """Whether folder is a data folder, or holds nothing but data folders (or nothing at all)."""
-    return (folder / "meta.json").exists() or (
-        folder.is_dir() and all(map(may_replace, folder.iterdir()))
-    )
+def check_replaceable(out):
+    """Raises ValueError where out is a file, or a folder in which there are files not of ours."""
+    if out.is_file():
+        raise ValueError(f"--out={out}: a file of that name is there; name another folder")
+    files = [entry.name for entry in out.iterdir() if entry.is_file()] if out.exists() else []
+    foreign = [
+        n for n in files if not regex.fullmatch(r"meta\.json|(train|val)_\d{5}\.npy|\..*", n)
+    ]
+    if foreign or (files and b'"splits"' not in (out / "meta.json").read_bytes()):
+        name = foreign[0] if foreign else "meta.json"
+        raise ValueError(f"--out={out}: {name} in it is not ours, so it stays; name another folder")
 
 
 def install(partial, out):
-    """Puts a finished folder in the place of out; folders that lie in out move along."""
-    old = out.with_name(out.name + ".old")
+    """Puts a finished folder in the place of out. At every moment one of the two is whole."""
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
+        out.rename(out.with_name(f".{out.name}.old"))
     partial.rename(out)
-    if old.exists():
+    clear_old(out)
+
+
+def clear_old(out):
+    """Ends what install has begun, also where it was killed; folders that lay in out stay in it."""
+    old = out.with_name(f".{out.name}.old")
+    if old.exists() and not out.exists():
+        old.rename(out)
+    elif old.exists():
         for entry in old.iterdir():
             if entry.is_dir():
                 entry.rename(out / entry.name)
         shutil.rmtree(old)
 
 
+# --- shared by the scripts: flags, errors, progress -----------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that shows a script's docstring as it is and names the flag nearest to a typo."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            self.error(f"unknown {flag}" + (f", did you mean {near[0]}?" if near else ""))
+        return args
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def count(text):
+    """An argparse type: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
+def script(main):
+    """Decorates a script's main: bad input ends it in one line on standard error and exit code 2.
+
+    Bad input is a ValueError or OSError, whose text says what is wrong and what to do about it.
+    """
+
+    @functools.wraps(main)
+    def run(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # no character ends a script
+        try:
+            main(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of our output has left, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141)
+        except KeyboardInterrupt:
+            raise SystemExit(130)
+        except (ValueError, OSError) as error:
+            message = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                message = ": ".join(filter(None, (error.filename, error.strerror)))
+            print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+            raise SystemExit(2)
+
+    return run
+
+
+@contextlib.contextmanager
+def sole_owner(folder):
+    """Makes the folder, and keeps a second run from writing there at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl  # Windows has none, and no such guard
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is writing there")
+        yield
+
+
+class Progress:
+    """How far a long job is, on standard error: a line that updates, or one now and then."""
+
+    def __init__(self, label, total):
+        self.label, self.total = label, total  # total in bytes; 0 where nobody knows
+        self.live = sys.stderr.isatty()
+        self.start = self.shown = time.monotonic()
+
+    def update(self, done):
+        now = time.monotonic()
+        if now - self.shown > (0.2 if self.live else 10):
+            self.shown, rate = now, done / (now - self.start)
+            left = max(0, self.total - done) / rate
+            line = f"{self.label}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
+            line += f", {left:.0f} s left" if self.total else ""
+            start, end = ("\r\x1b[K", "") if self.live else ("", "\n")
+            print(start + line, end=end, file=sys.stderr, flush=True)
+
+    def done(self):
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 # --- the whole way --------------------------------------------------------------------------------
 
 
 def gather(args, spool):
-    """Reads and cleans all documents and writes them to the file spool, a NUL byte after each.
+    """Writes all documents, cleaned, to the file spool, a NUL byte after each.
 
-    -> 64 bits for each document, which stand for its text, and how many were too short.
+    Returns 64 bits for each document, which stand for its text, and how many were too short.
     """
     progress = Progress("reading", sum(path.stat().st_size for path in find_files(args.inputs)))
     digests, too_short = array.array("Q"), 0
@@ -616,7 +651,7 @@ def gather(args, spool):
                 continue
             data = text.encode()
             digests.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
-            file.write(data + b"\0")  # which clean() leaves in no text
+            file.write(data + b"\0")  # clean() leaves no NUL in a text
             progress.update(file.tell())
     progress.done()
     if not digests:
@@ -624,20 +659,18 @@ def gather(args, spool):
     return np.frombuffer(digests, np.uint64), too_short
 
 
-def distinct_texts(spool, digests, label):
-    """Yields (digest, text) of the gathered documents, each text once."""
+def distinct_texts(spool, digests, is_first, label):
+    """Yields (digest, text) of the gathered documents that are the first with their text."""
     progress = Progress(label, spool.stat().st_size)
-    first = np.zeros(len(digests), bool)
-    first[np.unique(digests, return_index=True)[1]] = True
-    for digest, is_first, (offset, data) in zip(digests.tolist(), first, split_file(spool, "\0")):
-        if is_first:
-            yield digest, data.decode()
-        progress.update(offset)
+    for digest, first, (offset, data) in zip(digests, is_first, split_file(spool, "\0")):
+        if first:
+            yield int(digest), data.decode()
+        progress.update(offset + len(data))
     progress.done()
 
 
 def spread_sample(texts, fraction):
-    """Yields about that fraction of the text, in parts taken evenly from beginning to end."""
+    """Yields about this fraction of the text, in parts taken evenly from beginning to end."""
     seen = taken = 0
     for part in itertools.chain.from_iterable(map(cut, texts)):
         if taken <= seen * fraction:
@@ -646,15 +679,22 @@ def spread_sample(texts, fraction):
         seen += len(part)
 
 
-def choose_tokenizer(args, spool, digests):
-    """The spec of the tokenizer that --tokenizer names; a BPE is trained on the gathered text."""
-    if pathlib.Path(args.tokenizer).is_dir():
+def given_tokenizer(args):
+    """The spec of the tokenizer that --tokenizer names, or None where one is to be trained."""
+    if args.tokenizer == "bpe":
+        return None
+    if args.vocab_size:
+        raise ValueError(f"--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own")
+    is_name = args.tokenizer in tiktoken.list_encoding_names()
+    if not is_name and pathlib.Path(args.tokenizer).is_dir():
         return open_data(args.tokenizer)["tokenizer"]
-    if args.tokenizer != "bpe":
-        return {"name": args.tokenizer}
+    build_tokenizer({"name": args.tokenizer})  # complain before the long work, not after it
+    return {"name": args.tokenizer}
+
+
+def trained_tokenizer(args, texts, fraction):
+    """The spec of a BPE trained on that fraction of the texts."""
     vocab_size = args.vocab_size or 1024
-    texts = (text for _, text in distinct_texts(spool, digests, "learning tokens from"))
-    fraction = min(1, args.bpe_sample_mb * 1e6 / spool.stat().st_size)
     ranks = train_bpe(spread_sample(texts, fraction), vocab_size)
     if len(ranks) < vocab_size:
         if args.vocab_size:
@@ -664,57 +704,32 @@ def choose_tokenizer(args, spool, digests):
 
 
 def split_texts(texts, by_document):
-    """(digest, text) -> (split, text). A tenth of the documents is held out, by their digests, so
-    that nothing else matters; where there are few, the last tenth of each."""
+    """Turns (digest, text) into (split, text). A tenth of the documents is held out, by their
+    digests, so that nothing else matters; or, where there are few, the last tenth of each."""
     for digest, text in texts:
         if by_document:
             yield ("val" if digest % 10 == 0 else "train"), text
         else:
-            border = WORD_END.search(text, len(text) * 9 // 10)
-            border = border.start() if border else len(text) * 9 // 10
+            tenth = len(text) * 9 // 10
+            border = max(text.rfind(" ", 0, tenth), text.rfind("\n", 0, tenth)) + 1 or tenth
             yield "train", text[:border]
-            yield "val", text[border:].lstrip("\n")
-
-
-def in_order(function, items, threads):
-    """map(function, items) on threads, with few items under way: memory stays flat."""
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        pending = collections.deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            yield "val", text[border:]
 
 
 def encode_texts(texts, tokenizer, folder, threads):
-    """(split, text) -> shards in folder, every text followed by <|endoftext|>. -> {split: stats}"""
-    end = np.array([tokenizer.encode_single_token(END_OF_TEXT)])
+    """Writes (split, text) to shards in folder, <|endoftext|> after each; returns their stats."""
+    end = tokenizer.encode_single_token(END_OF_TEXT)
     dtype = token_dtype(tokenizer.n_vocab)
     writers = {split: SplitWriter(folder, split, dtype) for split in ("train", "val")}
-
-    def groups():
-        """Lists of (split, part of a text or, at its end, ""), enough work for a thread's turn."""
-        group, size = [], 0
-        for split, text in texts:
-            for part in [*cut(text), ""] if text else []:
-                group.append((split, part))
-                size += len(part)
-                if size >= PIECE_CHARS:
-                    yield group
-                    group, size = [], 0
-        yield group
-
-    def encode(group):
-        encode_part = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
-        return [(split, part, encode_part(part) if part else end) for split, part in group]
-
-    for group in in_order(encode, groups(), threads):
-        for split, part, tokens in group:
-            writers[split].write(tokens)
-            writers[split].stats["bytes"] += len(part.encode())
-            writers[split].stats["documents"] += not part
+    # an empty part marks the end of a text
+    parts = ((split, part) for split, text in texts if text for part in [*cut(text), ""])
+    while batch := list(itertools.islice(parts, 256)):
+        ids = tokenizer.encode_ordinary_batch([part for _, part in batch], num_threads=threads)
+        for (split, part), tokens in zip(batch, ids):
+            writer = writers[split]
+            writer.write(np.array(tokens or [end], dtype))
+            writer.stats["bytes"] += len(part.encode())
+            writer.stats["documents"] += part == ""
     for writer in writers.values():
         writer.close()
         if not writer.stats["bytes"]:
@@ -722,39 +737,44 @@ def encode_texts(texts, tokenizer, folder, threads):
     return {split: writer.stats for split, writer in writers.items()}
 
 
-def report(meta, tokenizer, out):
-    """What was made, in numbers, and a look at it."""
-    print(f"{'':8}{'documents':>12}{'bytes':>15}{'tokens':>15}{'bytes/token':>13}")
-    for split, s in meta["splits"].items():
-        print(f"{split:8}{s['documents']:12,}{s['bytes']:15,}{s['tokens']:15,}", end="")
-        print(f"{s['bytes'] / s['tokens']:13.2f}")
-    start = open_data(out)["splits"]["train"]["arrays"][0][:60].tolist()
-    tokens = "|".join(tokenizer.decode([token]) for token in start)
-    print("The first tokens:", tokens.replace("\n", "\\n"))
-
-
-def prepare(args, partial):
-    """Makes the data folder partial, complete but for its final name. -> meta, tokenizer"""
-    spool = partial / "text"
+def prepare(args, spec, folder):
+    """Makes the data folder, complete but for its final name. Returns meta and tokenizer."""
+    spool = folder / "text"
     digests, too_short = gather(args, spool)
-    spec = choose_tokenizer(args, spool, digests)
+    is_first = np.zeros(len(digests), bool)
+    is_first[np.unique(digests, return_index=True)[1]] = True
+    if spec is None:
+        texts = distinct_texts(spool, digests, is_first, "learning tokens")
+        fraction = min(1, args.bpe_sample_mb * 1e6 / spool.stat().st_size)
+        spec = trained_tokenizer(args, (text for _, text in texts), fraction)
     tokenizer = build_tokenizer(spec)
-    distinct = len(np.unique(digests))
-    texts = split_texts(distinct_texts(spool, digests, "encoding"), by_document=distinct >= 200)
+    texts = distinct_texts(spool, digests, is_first, "encoding")
+    texts = split_texts(texts, by_document=is_first.sum() >= FEW_DOCUMENTS)
     meta = {
         "format": FORMAT,
         "tokenizer": spec,
         "vocab_size": tokenizer.n_vocab,
         "eot_token": tokenizer.encode_single_token(END_OF_TEXT),
         "dtype": token_dtype(tokenizer.n_vocab).name,
-        "splits": encode_texts(texts, tokenizer, partial, args.threads),
+        "splits": encode_texts(texts, tokenizer, folder, args.threads),
         "sources": args.inputs or [f"the manual of Python {platform.python_version()}"],
-        "digest": hashlib.sha256(digests).hexdigest(),  # of all text
+        "digest": hashlib.sha256(digests[is_first]).hexdigest(),  # of all the text
     }
     spool.unlink()
-    (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    print(f"{len(digests) - distinct:,} duplicates and {too_short:,} short documents dropped")
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    print(f"dropped {(~is_first).sum():,} duplicates and {too_short:,} short documents")
     return meta, tokenizer
+
+
+def report(meta, tokenizer, folder):
+    """Shows what was made, in numbers, and a look at it."""
+    print(f"{'':8}{'documents':>12}{'bytes':>15}{'tokens':>15}{'bytes/token':>13}")
+    for split, s in meta["splits"].items():
+        print(f"{split:8}{s['documents']:12,}{s['bytes']:15,}{s['tokens']:15,}", end="")
+        print(f"{s['bytes'] / s['tokens']:13.2f}")
+    start = open_data(folder)["splits"]["train"]["arrays"][0][:60].tolist()
+    tokens = "|".join(tokenizer.decode([token]) for token in start)
+    print("The first tokens:", tokens.replace("\n", "\\n"))
 
 
 @script
@@ -773,19 +793,24 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.vocab_size and args.vocab_size < 256:
         raise ValueError(f"--vocab_size={args.vocab_size}: 256 at least, one for every byte")
-    if args.tokenizer != "bpe" and not pathlib.Path(args.tokenizer).is_dir():
-        build_tokenizer({"name": args.tokenizer})  # complain before the long work, not after it
-    out = pathlib.Path(args.out)
-    if out.exists() and not may_replace(out):
-        raise ValueError(f"--out={out}: not a data folder of ours; it stays as it is, name another")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        meta, tokenizer = prepare(args, partial)
-        install(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    out = pathlib.Path(args.out).resolve()
+    if any(out.is_relative_to(pathlib.Path(name).resolve()) for name in args.inputs):
+        raise ValueError(f"--out={args.out} lies in one of the inputs; name another folder")
+    partial = out.with_name(f".{out.name}.partial")
+    with sole_owner(partial):
+        try:
+            for leftover in partial.glob("[!.]*"):  # of a run that was killed
+                leftover.unlink()
+            clear_old(out)
+            check_replaceable(out)
+            spec = given_tokenizer(args)
+            if not args.inputs:
+                print("reading the manual of Python", platform.python_version())
+            meta, tokenizer = prepare(args, spec, partial)
+            (partial / ".lock").unlink()
+            install(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     report(meta, tokenizer, out)
 
 

@@ -1,4 +1,4 @@
-"""Lets a trained GPT write.
+"""Generates text from a trained GPT.
 
 python sample.py                                            # from out/, a new document
 python sample.py --init_from=out/book --start="It was a"    # goes on from there
@@ -25,7 +25,7 @@ def read_prompt(start):
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 at byte {error.start}")
     if not start:
-        raise ValueError("--start is empty; leave it away to begin a new document")
+        raise ValueError("--start is empty; omit it to begin a new document")
     return start
 
 
@@ -37,14 +37,17 @@ class TextDecoder:
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, token):
-        return self.utf8.decode(self.tokenizer.decode_single_token_bytes(token))
+        try:
+            return self.utf8.decode(self.tokenizer.decode_single_token_bytes(token))
+        except KeyError:  # some of tiktoken's vocabularies leave ids out
+            return ""
 
     def rest(self):
         return self.utf8.decode(b"", final=True)
 
 
-def load(path, device):
-    """A checkpoint -> (model, tokenizer). The model is left with the tokens that there are."""
+def load_model(path, device):
+    """A checkpoint -> (model, tokenizer). The model's vocabulary is cropped to the tokenizer's."""
     checkpoint = load_checkpoint(path)
     try:
         model = GPT.from_checkpoint(checkpoint)
@@ -105,7 +108,7 @@ def main(argv=None):
     add("--init_from", default="out", help="a run's folder, or a checkpoint in it")
     add("--start", help="the text to go on from, or FILE:name (default: a new document)")
     add("--num_samples", type=count, default=1, help="how many, made in one batch")
-    add("--max_new_tokens", type=count, default=500, help="each ends here, if not before")
+    add("--max_new_tokens", type=count, default=500, help="the most that a sample may have")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     add("--top_k", type=int, default=200, help="choose among the k likeliest tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="... among those that reach probability p")
@@ -119,7 +122,7 @@ def main(argv=None):
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p={args.top_p}: must be above 0 and at most 1")
     prompt = None if args.start is None else read_prompt(args.start)
-    model, tokenizer = load(args.init_from, pick_device(args.device))
+    model, tokenizer = load_model(args.init_from, pick_device(args.device))
     start = time.perf_counter()
     made = write_samples(model, tokenizer, prompt, args)
     seconds = time.perf_counter() - start

@@ -153,6 +153,16 @@ def test_a_prompt_longer_than_the_context_keeps_its_end():
     assert torch.equal(a, torch.stack(list(model.generate(idx[:, -16:], 9, temperature=0))))
 
 
+def test_under_autocast_the_loss_keeps_its_precision():
+    x, weight, targets = torch.randn(100, 32), torch.randn(9000, 32), tokens(100, vocab_size=9000)
+    targets[::3] = -100
+    exact = F.cross_entropy(x.bfloat16().float() @ weight.bfloat16().float().T, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            gpt.next_token_loss(x, weight, targets), exact, rtol=0, atol=4e-3
+        )
+
+
 @pytest.mark.parametrize("vocab_size", [50, 9000])
 def test_loss_and_gradients_are_those_of_plain_cross_entropy(vocab_size):
     x, weight = torch.randn(700, 16), torch.randn(vocab_size, 16)
@@ -420,6 +430,39 @@ def test_preparing_anew_replaces_the_folder_and_spares_those_inside(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "data"]
 
 
+def test_files_of_others_in_the_folder_are_never_removed(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(story(300), encoding="utf-8")
+    prepare_data.main([f"{tmp_path}/a.txt", f"--out={tmp_path}/data"])
+    shutil.copy(tmp_path / "a.txt", tmp_path / "data" / "book.txt")
+    line = fails(capsys, prepare_data.main, tmp_path / "a.txt", f"--out={tmp_path}/data")
+    assert "book.txt" in line
+    line = fails(capsys, prepare_data.main, tmp_path / "data", f"--out={tmp_path}/data/x")
+    assert "inputs" in line
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "meta.json").write_text("{}", encoding="utf-8")
+    line = fails(capsys, prepare_data.main, tmp_path / "a.txt", f"--out={tmp_path}/site")
+    assert "meta.json" in line
+
+
+@pytest.mark.parametrize("step", ["between the renames", "before the clean-up"])
+def test_a_kill_while_the_folder_is_replaced_loses_nothing(step, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(story(300), encoding="utf-8")
+    flags = [f"{tmp_path}/a.txt", f"--out={tmp_path}/data", "--vocab_size=260"]
+    prepare_data.main([f"{tmp_path}/a.txt", f"--out={tmp_path}/data/inner"])
+    prepare_data.main(flags)
+    if step == "between the renames":
+        (tmp_path / "data").rename(tmp_path / ".data.old")
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_data, "clear_old", lambda out: None)
+            prepare_data.main(flags)
+    assert (tmp_path / ".data.old").exists()
+    prepare_data.main(flags)
+    prepare_data.open_data(tmp_path / "data")
+    prepare_data.open_data(tmp_path / "data" / "inner")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "data"]
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -648,6 +691,7 @@ BAD_INPUTS = {  # file: (content, flags, what the error must name)
     "few.txt": (b"hello hello hello", "--vocab_size=5000", ["5000", "only 2"]),
     "small.txt": (b"hello", "--vocab_size=255", ["255", "256"]),
     "kind.txt": (b"hello", "--tokenizer=gpt9", ["gpt9", "gpt2"]),
+    "both.txt": (b"hello", "--tokenizer=gpt2 --vocab_size=300", ["--vocab_size", "gpt2"]),
     "zero.txt": (b"hello", "--vocab_size=0", ["--vocab_size", "0"]),
     "typo.txt": (b"hello", "--vocab-size=300", ["--vocab-size", "--vocab_size?"]),
     "fragment.txt": (b"hello", "--min_chars=10", ["no text"]),
@@ -677,7 +721,7 @@ def test_what_is_not_there_or_not_ours_is_named(tmp_path, capsys, monkeypatch):
     assert "gone.txt" in fails(capsys, prepare, tmp_path / "gone.txt")
     assert "no text files" in fails(capsys, prepare, tmp_path / "empty")
     assert "no text files" in fails(capsys, prepare, tmp_path / "photos")
-    assert "not a data folder" in fails(
+    assert "cat.png in it is not ours" in fails(
         capsys, prepare, tmp_path / "a.txt", f"--out={tmp_path / 'photos'}"
     )
     assert (tmp_path / "photos" / "cat.png").exists()

@@ -8,8 +8,8 @@
 
 The loop: batch -> loss -> gradients -> clip -> AdamW, evaluated now and then. A run writes
 out_dir/last.pt (all that is needed to go on), best.pt (the model with the lowest validation loss,
-for sample.py) and metrics.csv. The same seed, machine and number of threads give the same bits,
-also when a run is stopped and resumed.
+for sample.py) and metrics.csv. On a CPU, the same seed and number of threads give the same weights
+bit for bit, also when a run is stopped and resumed.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import math
 import pathlib
+import shutil
 import signal
 import time
 import typing
@@ -28,13 +29,13 @@ import torch
 
 import prepare_data
 from gpt import GPT, GPTConfig, load_checkpoint, pick_device, save_checkpoint
-from prepare_data import ArgumentParser, open_data, script
+from prepare_data import ArgumentParser, open_data, script, sole_owner
 
 # --- what can be set ------------------------------------------------------------------------------
 
 
 def option(default, help, fixed=False, least=None):
-    """A field of a config, and a flag. A fixed one cannot change when a run is resumed."""
+    """A config field that is also a flag. A fixed one cannot change when a run is resumed."""
     least = (1 if type(default) is int else 0) if least is None else least
     return field(default=default, metadata={"help": help, "fixed": fixed, "least": least})
 
@@ -67,14 +68,16 @@ class TrainConfig:
     weight_decay: float = option(0.1, "of matrices, not of biases and LayerNorm")
     beta1: float = option(0.9, "AdamW's memory of the gradient")
     beta2: float = option(0.99, "AdamW's memory of its square")
-    grad_clip: float = option(1.0, "the highest norm of the gradient (0: any)")
-    # what is seen of it
+    grad_clip: float = option(1.0, "the highest norm of the gradient (0: no clipping)")
+    # evaluation and output
     eval_interval: int = option(500, "steps between evaluations, each of which saves")
     eval_iters: int = option(200, "batches in an evaluation, at most")
     log_interval: int = option(100, "steps between lines of output")
     # the machine
     device: str | None = option(None, "cpu, cuda, mps (default: the best there is)")
-    dtype: str | None = option(None, "float32, bfloat16, float16 (default: the device's best)")
+    dtype: str | None = option(
+        None, "float32, bfloat16, float16 (default: on CUDA the best short one)"
+    )
     compile: bool | None = option(None, "use torch.compile (default: on CUDA)")
 
     def __post_init__(self):
@@ -98,8 +101,9 @@ def parse_flags(config_class, description, argv):
     parser = ArgumentParser(description)
     for f in fields(config_class):
         kind = kinds_of(f)[0]
-        as_flag = {"type": kind, "metavar": kind.__name__.upper()}
-        if kind is bool:
+        if kind is not bool:
+            as_flag = {"type": kind, "metavar": kind.__name__.upper()}
+        else:
             as_flag = {"type": parse_bool, "metavar": "BOOL", "nargs": "?", "const": True}
         shown = "" if f.default is None else f" (default: {f.default})"
         parser.add_argument(
@@ -115,7 +119,7 @@ def parse_bool(text):
 
 
 def merge_flags(config_class, checkpoint, flags, path):
-    """The config of a resumed run: the saved one, with those flags that may change in mid-run."""
+    """The config of a resumed run: the saved one, with those flags that may change mid-run."""
     try:
         saved = config_class(**checkpoint["train_config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -131,7 +135,7 @@ def merge_flags(config_class, checkpoint, flags, path):
 
 
 class Windows:
-    """All windows of block_size + 1 tokens in a split, as an endless, reproducible sequence.
+    """Windows of block_size + 1 consecutive tokens, as an endless, reproducible sequence.
 
     Every epoch cuts the tokens anew, at a phase of its own, and shuffles the windows, so each is
     seen once an epoch. The n-th window depends on seed and n alone: a run can resume at any step,
@@ -143,7 +147,7 @@ class Windows:
         self.vocab_size = vocab_size
         self.starts = np.cumsum([0, *map(len, arrays)])  # where each shard begins
         self.tokens = int(self.starts[-1])
-        # one less than fit where there are several, which leaves room to shift them
+        # one fewer than fit, so that the phase can shift them by up to block_size
         self.per_epoch = max(1, (self.tokens - 1) // block_size - 1)
         self.epoch = None
 
@@ -176,10 +180,10 @@ class Windows:
             windows.append(self.read(self.phase + int(self.order[i]) * self.block_size))
         return split_targets(windows)
 
-    def fixed_batches(self, batch_size, most):
-        """The same batches each time: at most `most`, spread evenly, of windows apart."""
+    def fixed_batches(self, batch_size, max_batches):
+        """The same batches each time: evenly spaced windows, none of which overlap."""
         n = (self.tokens - 1) // self.block_size
-        chosen = np.linspace(0, n - 1, min(n, most * batch_size)).astype(int)
+        chosen = np.linspace(0, n - 1, min(n, max_batches * batch_size)).astype(int)
         for i in range(0, len(chosen), batch_size):
             picked = chosen[i : i + batch_size]
             yield split_targets([self.read(int(w) * self.block_size) for w in picked])
@@ -213,7 +217,7 @@ class Machine:
         self.device = pick_device(config.device)
         cuda = self.device.type == "cuda"
         dtypes = ["float32", "float16"]
-        if not cuda or torch.cuda.is_bf16_supported():
+        if not cuda or torch.cuda.is_bf16_supported(including_emulation=False):
             dtypes.append("bfloat16")
         name = config.dtype or (dtypes[-1] if cuda else "float32")
         if name not in dtypes:
@@ -232,10 +236,7 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     def put(self, *tensors):
-        """The tensors on the device; CUDA copies them while other work goes on."""
-        if self.device.type == "cuda":
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        return [tensor.to(self.device) for tensor in tensors]
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def configure_optimizer(model, learning_rate, weight_decay, betas):
 def learning_rate_at(step, config):
     """Rises linearly for warmup_iters steps, then falls along a cosine to min_lr.
 
-    Step warmup_iters has learning_rate, step lr_decay_iters - 1 and all after it have min_lr.
+    Step warmup_iters has learning_rate; step lr_decay_iters - 1, and all after it, min_lr.
     """
     highest = config.learning_rate
     lowest = highest / 10 if config.min_lr is None else config.min_lr
@@ -302,37 +303,22 @@ def mean_loss(model, machine, batches):
 # --- the run --------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def sole_owner(folder):
-    """Makes the folder, and holds it so that no second run writes there at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            import fcntl  # Windows has none, and no such guard
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            raise ValueError(f"--out_dir={folder}: another run is writing there")
-        yield
-
-
 def set_aside(folder):
-    """Moves the files of an earlier run to folder/previous, where the next one will not be mixed
-    up with them."""
+    """Moves an earlier run's files to folder/previous, in place of those that are there."""
     earlier = [folder / name for name in ("last.pt", "best.pt", "metrics.csv")]
     earlier = [path for path in earlier if path.exists()]
     if earlier:
-        print(f"an earlier run in {folder} is kept in {folder / 'previous'}")
-        (folder / "previous").mkdir(exist_ok=True)
+        shutil.rmtree(folder / "previous", ignore_errors=True)
+        (folder / "previous").mkdir()
         for path in earlier:
             path.replace(folder / "previous" / path.name)
+        print(f"the earlier run in {folder} is now in {folder / 'previous'}")
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collects Ctrl-C and SIGTERM, so that a step is finished first; a second one is at once."""
+    """Yields a list of the signals caught: the first Ctrl-C or SIGTERM asks for a stop after this
+    step, a second one acts at once."""
     caught = []
 
     def catch(number, frame):
@@ -347,9 +333,9 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def clock(seconds):
+def format_seconds(seconds):
     """
-    >>> clock(75), clock(3700)
+    >>> format_seconds(75), format_seconds(3700)
     ('1:15', '1:01:40')
     """
     minutes, seconds = divmod(round(seconds), 60)
@@ -361,9 +347,9 @@ class Trainer:
     """The loop that every kind of training shares.
 
     model(*tensors) is the loss; micro_batch(n) gives the tensors of the run's n-th micro-batch,
-    idx (B, T) first; evaluate() gives {"val_loss": ..., more metrics}; extra goes into every
-    checkpoint; bits_per_byte is what one nat per token amounts to. saved is the checkpoint to
-    resume from, whose weights the model has already.
+    idx (B, T) first; evaluate() gives {"val_loss": ..., "val_bpb": ...}; extra goes into every
+    checkpoint; bits_per_byte is what one nat per token is in bits per byte. saved is the checkpoint
+    to resume from, whose weights the model has already.
     """
 
     def __init__(
@@ -381,7 +367,6 @@ class Trainer:
         self.state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
         if saved:
             self.restore(saved)
-        self.metrics = Metrics(self.out_dir / "metrics.csv", self.state["step"])
         self.logged = dict(self.state)  # at the last line of output
         self.losses = []  # of the steps since then
 
@@ -390,8 +375,8 @@ class Trainer:
         try:
             self.optimizer.load_state_dict({**fresh, "state": saved["optimizer"]["state"]})
             for parameter, moments in self.optimizer.state.items():
-                for tensor in (moments["exp_avg"], moments["exp_avg_sq"]):
-                    tensor.view_as(parameter)
+                if any(moments[m].shape != parameter.shape for m in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("optimizer state of another shape")
             self.machine.scaler.load_state_dict(saved["scaler"])
             self.state = {name: type(v)(saved["state"][name]) for name, v in self.state.items()}
             threads = saved["threads"]
@@ -408,9 +393,16 @@ class Trainer:
         config, state = self.config, self.state
         if state["step"] >= config.max_iters:
             print(f"{self.out_dir} is at step {state['step']} already; --max_iters=N goes further")
+        self.metrics = Metrics(self.out_dir / "metrics.csv", state["step"])
         with stop_signals() as stop:
             while state["step"] < config.max_iters and not stop:
-                self.take_step()
+                try:
+                    self.take_step()
+                except torch.OutOfMemoryError as error:
+                    raise ValueError(
+                        "out of memory: halve --batch_size and double "
+                        "--gradient_accumulation_steps, which trains the same"
+                    ) from error
                 if state["step"] % config.eval_interval == 0 or state["step"] == config.max_iters:
                     metrics = self.evaluate()
                     self.log(**metrics)
@@ -423,7 +415,8 @@ class Trainer:
             raise SystemExit(128 + stop[0])
 
     def take_step(self):
-        """One update of the weights; ValueError, and none, where a number is not finite."""
+        """One update of the weights. Raises ValueError, changing nothing, if loss or gradient is
+        not finite."""
         config, state, scaler = self.config, self.state, self.machine.scaler
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
@@ -475,7 +468,7 @@ class Trainer:
             f"step {state['step']:5}/{config.max_iters}  loss {loss:.3f}",
             f"{loss * self.bits_per_byte:.3f} bits/byte",
             f"{tokens_per_s:,.0f} tokens/s",
-            f"{clock(left)} left",
+            f"{format_seconds(left)} left",
             *(f"{name} {value:.4f}" for name, value in metrics.items()),
             sep="  ",
             flush=True,
@@ -501,46 +494,36 @@ class Trainer:
 
 
 class Metrics:
-    """out_dir/metrics.csv, a row at a time; of an earlier file, the rows up to step stay."""
+    """out_dir/metrics.csv, row by row. When a run is resumed, rows after its step are dropped."""
 
     COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "val_bpb")
     COLUMNS += ("grad_norm", "tokens_per_s")
 
     def __init__(self, path, step):
-        rows = []
+        lines = [",".join(self.COLUMNS)]
         if step and path.exists():
-            with open(path, newline="", encoding="utf-8", errors="replace") as file:
-                rows = list(csv.DictReader(file, restval=""))
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                number = line.split(",")[0]
+                if number.isdecimal() and int(number) <= step:
+                    lines.append(line)
         temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.COLUMNS).writeheader()
-        self.path = temporary
-        for row in rows:
-            if row.get("step", "").isdecimal() and int(row["step"]) <= step:
-                self.add({name: row.get(name) for name in self.COLUMNS})
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.path = temporary.replace(path)
 
     def add(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.COLUMNS).writerow(row)
+            csv.DictWriter(file, self.COLUMNS, lineterminator="\n").writerow(row)
 
 
 # --- pretraining ----------------------------------------------------------------------------------
 
 
-def load_data(config, flags):
+def load_data(folder):
     """The data folder; the default one is made where it is missing."""
-    if "data" not in flags and not pathlib.Path(config.data, "meta.json").exists():
-        print("no data/ yet: preparing the default, the manual that comes with Python")
-        prepare_data.main([])
-    meta = open_data(config.data)
-    tokens = meta["splits"]["train"]["tokens"]
-    if tokens <= config.block_size:
-        raise ValueError(
-            f"{config.data}: {tokens} tokens to train on do not fill one window of block_size + 1 "
-            f"= {config.block_size + 1}; use more text or a smaller --block_size"
-        )
-    return meta
+    if folder == TrainConfig.data and not pathlib.Path(folder, "meta.json").exists():
+        print(f"no {folder}/ yet: preparing the default, the manual that comes with Python")
+        prepare_data.main([f"--out={folder}"])
+    return open_data(folder)
 
 
 MODEL_FLAGS = [f.name for f in fields(GPTConfig) if f.name != "vocab_size"]
@@ -587,37 +570,44 @@ def main(argv=None):
     if config.init_from == "resume":
         checkpoint = resumed = load_checkpoint(out_dir / "last.pt")
         config = merge_flags(TrainConfig, resumed, flags, out_dir / "last.pt")
+        config = dataclasses.replace(config, out_dir=str(out_dir))  # it may have been moved
     elif config.init_from != "scratch":
         checkpoint = load_checkpoint(config.init_from)
     machine = Machine(config)
-    meta = load_data(config, flags)
+    meta = load_data(config.data)
     if resumed and resumed.get("data_digest") != meta["digest"]:
         raise ValueError(f"{config.data}: not the text that {out_dir} was trained on")
     model = make_model(config, flags, meta, checkpoint).to(machine.device).train()
     config = dataclasses.replace(config, **{n: getattr(model.config, n) for n in MODEL_FLAGS})
     train_split, val_split = meta["splits"]["train"], meta["splits"]["val"]
+    if train_split["tokens"] <= config.block_size:
+        raise ValueError(
+            f"{config.data}: {train_split['tokens']} tokens to train on do not fill one window of "
+            f"block_size + 1 = {config.block_size + 1}; use more text or a smaller --block_size"
+        )
     windows = Windows(train_split["arrays"], config.block_size, meta["vocab_size"], config.seed)
-    batch = config.batch_size * config.gradient_accumulation_steps
-    print(
-        f"{model.num_params():,} parameters; {train_split['tokens']:,} tokens, seen "
-        f"{config.max_iters * batch / windows.per_epoch:.1f} times; on {machine}"
+    trainer = Trainer(
+        config,
+        machine,
+        model,
+        micro_batch=lambda n: windows.batch(n * config.batch_size, config.batch_size),
+        evaluate=lambda: evaluate(config, machine, model, val_split, meta["vocab_size"]),
+        extra={"tokenizer": meta["tokenizer"], "data_digest": meta["digest"]},
+        bits_per_byte=bits_per_byte(train_split),
+        saved=resumed,
     )
     if config.eval_only:
-        print(evaluate(config, machine, model, val_split, meta["vocab_size"]))
+        print(*(f"{name} {value:.4f}" for name, value in trainer.evaluate().items()), sep="  ")
         return
+    epochs = config.max_iters * config.batch_size * config.gradient_accumulation_steps
+    print(
+        f"{model.num_params():,} parameters; {train_split['tokens']:,} tokens, seen "
+        f"{epochs / windows.per_epoch:.1f} times; on {machine}"
+    )
     with sole_owner(out_dir):
         if not resumed:
             set_aside(out_dir)
-        Trainer(
-            config,
-            machine,
-            model,
-            micro_batch=lambda n: windows.batch(n * config.batch_size, config.batch_size),
-            evaluate=lambda: evaluate(config, machine, model, val_split, meta["vocab_size"]),
-            extra={"tokenizer": meta["tokenizer"], "data_digest": meta["digest"]},
-            bits_per_byte=bits_per_byte(train_split),
-            saved=resumed,
-        ).run()
+        trainer.run()
 
 
 if __name__ == "__main__":
