@@ -60,7 +60,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "micro-batches in a step", fixed=True)
     seed: int = option(1337, "of weights, batches and dropout", fixed=True, least=0)
     # AdamW, with warmup and cosine decay
-    max_iters: int = option(5000, "steps")
+    max_iters: int = option(4500, "steps")
     learning_rate: float = option(1e-3, "the highest, at the end of warmup")
     min_lr: float | None = option(None, "the lowest, in the last step (default: a tenth of it)")
     warmup_iters: int = option(20, "steps in which the learning rate rises", least=0)
@@ -202,9 +202,13 @@ def micro_batches_of(step, accumulation, rank=0, world_size=1):
     return range(first, first + accumulation)
 
 
-def seed_dropout(seed, step, rank=0):
+def seed_dropout(device, seed, step, rank=0):
     """Makes dropout, too, depend on the step alone."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
+    number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+    if device.type == "cpu":  # torch.manual_seed would note a stack trace for every absent device
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.get_device_module(device).manual_seed(number)
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -421,7 +425,7 @@ class Trainer:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(state["step"], config) * group["lr_scale"]
-        seed_dropout(config.seed, state["step"])
+        seed_dropout(self.machine.device, config.seed, state["step"])
         loss = 0.0
         for n in micro_batches_of(state["step"], config.gradient_accumulation_steps):
             tensors = self.machine.put(*self.micro_batch(n))
