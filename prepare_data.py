@@ -351,22 +351,24 @@ def merge(pair, new, pieces, counts, pair_counts, pieces_with):
     left, right = pair
     new_pairs = set()
     for i in pieces_with.pop(pair):
-        piece, count, start, merged = pieces[i], counts[i], 0, []
-        for end in range(1, len(piece)):
-            if piece[end] == right and piece[end - 1] == left and end > start:
-                merged += piece[start : end - 1]
-                if merged:
-                    pair_counts[merged[-1], left] -= count
-                    pair_counts[merged[-1], new] += count
-                    new_pairs.add((merged[-1], new))
-                    pieces_with[merged[-1], new].add(i)
-                merged.append(new)
-                start = end + 1
-                if start < len(piece):
-                    pair_counts[right, piece[start]] -= count
-                    pair_counts[new, piece[start]] += count
-                    new_pairs.add((new, piece[start]))
-                    pieces_with[new, piece[start]].add(i)
+        piece, count, merged, start, at = pieces[i], counts[i], [], 0, -1
+        for _ in range(piece.count(left)):
+            at = piece.index(left, at + 1)
+            if at < start or at + 1 == len(piece) or piece[at + 1] != right:
+                continue
+            merged += piece[start:at]
+            start = at + 2
+            if merged:
+                pair_counts[merged[-1], left] -= count
+                pair_counts[merged[-1], new] += count
+                pieces_with[merged[-1], new].add(i)
+                new_pairs.add((merged[-1], new))
+            merged.append(new)
+            if start < len(piece):
+                pair_counts[right, piece[start]] -= count
+                pair_counts[new, piece[start]] += count
+                pieces_with[new, piece[start]].add(i)
+                new_pairs.add((new, piece[start]))
         pieces[i] = merged + piece[start:]
     del pair_counts[pair]
     return new_pairs
@@ -575,7 +577,8 @@ def script(main):
     @functools.wraps(main)
     def run(argv=None):
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")  # no character ends a script
+            if hasattr(stream, "reconfigure"):  # a notebook's streams have it not
+                stream.reconfigure(errors="replace")  # so that no character ends a script
         try:
             main(argv)
             sys.stdout.flush()

@@ -379,7 +379,8 @@ class Trainer:
         try:
             self.optimizer.load_state_dict({**fresh, "state": saved["optimizer"]["state"]})
             for parameter, moments in self.optimizer.state.items():
-                if any(moments[m].shape != parameter.shape for m in ("exp_avg", "exp_avg_sq")):
+                shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                if {name: tensor.shape for name, tensor in moments.items()} != shapes:
                     raise ValueError("optimizer state of another shape")
             self.machine.scaler.load_state_dict(saved["scaler"])
             self.state = {name: type(v)(saved["state"][name]) for name, v in self.state.items()}
