@@ -162,17 +162,22 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+
+        def table(rows):  # nn.Embedding(rows, n_embd) would draw random numbers twice
+            return nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False)
+
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "wte": table(config.vocab_size),
+                "wpe": table(config.block_size),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:  # shapes alone: see from_checkpoint
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):

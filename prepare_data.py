@@ -14,6 +14,7 @@ import argparse
 import array
 import ast
 import collections
+import concurrent.futures
 import contextlib
 import difflib
 import functools
@@ -724,15 +725,27 @@ def encode_texts(texts, tokenizer, folder, threads):
     end = tokenizer.encode_single_token(END_OF_TEXT)
     dtype = token_dtype(tokenizer.n_vocab)
     writers = {split: SplitWriter(folder, split, dtype) for split in ("train", "val")}
-    # an empty part marks the end of a text
-    parts = ((split, part) for split, text in texts if text for part in [*cut(text), ""])
-    while batch := list(itertools.islice(parts, 256)):
-        ids = tokenizer.encode_ordinary_batch([part for _, part in batch], num_threads=threads)
-        for (split, part), tokens in zip(batch, ids):
-            writer = writers[split]
-            writer.write(np.array(tokens or [end], dtype))
-            writer.stats["bytes"] += len(part.encode())
-            writer.stats["documents"] += part == ""
+
+    def parts():
+        for split, text in texts:
+            for part in (whole := list(cut(text))):
+                yield split, part, part is whole[-1]
+
+    def encode(item):
+        _, part, is_last = item
+        tokens = tokenizer.encode_to_numpy(part, disallowed_special=())
+        return np.append(tokens, end) if is_last else tokens
+
+    todo = parts()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        while batch := list(itertools.islice(todo, 512)):
+            encoded = list(pool.map(encode, batch))
+            for split, writer in writers.items():
+                mine = [i for i, item in enumerate(batch) if item[0] == split]
+                if mine:
+                    writer.write(np.concatenate([encoded[i] for i in mine]))
+                writer.stats["bytes"] += sum(len(batch[i][1].encode()) for i in mine)
+                writer.stats["documents"] += sum(batch[i][2] for i in mine)
     for writer in writers.values():
         writer.close()
         if not writer.stats["bytes"]:
