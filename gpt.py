@@ -252,10 +252,8 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token; otherwise one is drawn from softmax(logits /
         temperature), restricted to the top_k likeliest, then to the fewest that reach probability
-        top_p. A sequence that has met stop_token repeats it; when all have, or after
-        max_new_tokens, the iterator ends. Call eval() first, or dropout is on. All at once,
-        (B, n): torch.stack(list(model.generate(idx, n)), dim=1).
-
+        top_p. A sequence that has met stop_token repeats it; when all have, the iterator ends.
+        Call eval() first, or dropout is on. All n at once: torch.stack(list(...), dim=1).
         Learned positions cannot slide: when the context is full, the model reads its last half
         again, as if the text began there. Of a prompt longer than block_size, the end counts.
         """

@@ -64,7 +64,7 @@ def read_documents(inputs, text_field="text", separator=None):
 
 
 def find_files(inputs):
-    """The files that inputs stand for; a folder gives its text files, sorted, but no hidden ones."""
+    """The files that inputs stand for: of a folder its text files, sorted, without hidden ones."""
     files = []
     for name in map(str, inputs):
         is_url = name.startswith(("http://", "https://"))
@@ -253,7 +253,7 @@ def clean(text):
     return BLANK_LINES.sub("\n\n", TRAILING_BLANKS.sub("", text)).strip("\n")
 
 
-# --- the default corpus: the manual inside every Python installation --------------------------------
+# --- the default corpus: the manual inside every Python installation ------------------------------
 
 
 def python_manual():

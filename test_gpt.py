@@ -609,7 +609,8 @@ def test_every_kind_of_file_gives_its_documents(tmp_path):
         "a/c.md": "two",
         "a/b.jsonl": '{"text": "three"}\n\n{"text": "four", "x": 1}\n',
         "a/d.json": '[{"text": "five"}, {"text": "six"}]',
-        "a/e.html": "<title>no</title><p>seven &eacute;<script>no</script> <b>x</b>y</p><pre> z\n</pre>",
+        "a/e.html": "<title>no</title><p>seven &eacute;<script>no</script> <b>x</b>y</p>"
+        "<pre> z\n</pre>",
         "a/.hidden": "no",
         "a/z.png": "no\0",
     }

@@ -555,6 +555,16 @@ def make_model(config, flags, meta, checkpoint):
     return model
 
 
+def training_windows(config, meta):
+    split = meta["splits"]["train"]
+    if split["tokens"] <= config.block_size:
+        raise ValueError(
+            f"{config.data}: {split['tokens']} tokens to train on do not fill one window of "
+            f"block_size + 1 = {config.block_size + 1}; use more text or a smaller --block_size"
+        )
+    return Windows(split["arrays"], config.block_size, meta["vocab_size"], config.seed)
+
+
 def evaluate(config, machine, model, split, vocab_size):
     """Loss in nats per token and in bits per byte of text, on the same windows every time."""
     windows = Windows(split["arrays"], min(config.block_size, split["tokens"] - 1), vocab_size)
@@ -585,12 +595,7 @@ def main(argv=None):
     model = make_model(config, flags, meta, checkpoint).to(machine.device).train()
     config = dataclasses.replace(config, **{n: getattr(model.config, n) for n in MODEL_FLAGS})
     train_split, val_split = meta["splits"]["train"], meta["splits"]["val"]
-    if train_split["tokens"] <= config.block_size:
-        raise ValueError(
-            f"{config.data}: {train_split['tokens']} tokens to train on do not fill one window of "
-            f"block_size + 1 = {config.block_size + 1}; use more text or a smaller --block_size"
-        )
-    windows = Windows(train_split["arrays"], config.block_size, meta["vocab_size"], config.seed)
+    windows = training_windows(config, meta)
     trainer = Trainer(
         config,
         machine,
