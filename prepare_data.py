@@ -497,7 +497,8 @@ def open_data(folder):
             if sum(map(len, shards)) != split["tokens"] or not split["bytes"] > 0:
                 raise ValueError("the shards do not hold the tokens that are listed")
             split["arrays"] = shards
-        meta["digest"] + ""
+        if not isinstance(meta["digest"], str):
+            raise TypeError("digest is not text")
     except Exception as error:  # a bad header in a shard can raise almost anything
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder}: damaged ({reason}); run prepare_data.py again") from error
@@ -578,7 +579,7 @@ def script(main):
     @functools.wraps(main)
     def run(argv=None):
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a notebook's streams have it not
+            if hasattr(stream, "reconfigure"):  # a notebook's streams lack it
                 stream.reconfigure(errors="replace")  # so that no character ends a script
         try:
             main(argv)
