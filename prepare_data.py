@@ -27,6 +27,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -307,6 +308,21 @@ def cut(text, length=PART_CHARS):
         start = end
 
 
+def count_pieces(texts):
+    """Cuts texts by SPLIT and counts the different pieces: {piece: how often}.
+
+    Words with the blanks before them are counted first: few are different, so few are cut.
+    """
+    words, pieces = collections.Counter(), collections.Counter()
+    for part in itertools.chain.from_iterable(map(cut, texts)):
+        words.update(re.findall(r"\s*\S+|\s+", part))
+    split = regex.compile(SPLIT).findall
+    for word, n in words.items():
+        for piece in split(word):
+            pieces[piece] += n
+    return pieces
+
+
 def train_bpe(texts, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016; on bytes, as Radford et al. 2019).
 
@@ -317,16 +333,15 @@ def train_bpe(texts, vocab_size):
     >>> list(train_bpe(["low lower lowest"], 259))[256:]
     [b'lo', b'low', b' low']
     """
-    counts = collections.Counter()
-    for text in texts:
-        for part in cut(text):
-            counts.update(regex.findall(SPLIT, part))
-    pieces = [list(piece.encode()) for piece in counts]
-    counts = list(counts.values())
+    pieces = count_pieces(texts)
+    counts = list(pieces.values())
+    # From here on a piece is a string with one character for each token: byte 65 and token 65 are
+    # chr(65). So a pair is a string of two, and merging it is str.replace.
+    pieces = [piece.encode().decode("latin-1") for piece in pieces]
     pair_counts = collections.Counter()
     pieces_with = collections.defaultdict(set)  # pair -> the pieces that have, or had, it
     for i, piece in enumerate(pieces):
-        for pair in itertools.pairwise(piece):
+        for pair in map(str.__add__, piece, piece[1:]):
             pair_counts[pair] += counts[i]
             pieces_with[pair].add(i)
     heap = [(-count, pair) for pair, count in pair_counts.items()]
@@ -340,39 +355,38 @@ def train_bpe(texts, vocab_size):
             continue
         if count < 2:
             break
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for changed in merge(pair, new, pieces, counts, pair_counts, pieces_with):
-            heapq.heappush(heap, (-pair_counts[changed], changed))
+        new = chr(len(tokens))
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
+        new_counts = collections.Counter()
+        for i in pieces_with.pop(pair):
+            pieces[i] = pieces[i].replace(pair, new)
+            for lost, gained in changed_pairs(pieces[i], pair, new):
+                pair_counts[lost] -= counts[i]
+                new_counts[gained] += counts[i]
+                pieces_with[gained].add(i)
+        del pair_counts[pair]
+        pair_counts.update(new_counts)
+        for gained, count in new_counts.items():
+            heapq.heappush(heap, (-count, gained))
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-def merge(pair, new, pieces, counts, pair_counts, pieces_with):
-    """Puts new in the place of pair in all pieces and keeps the books; returns the new pairs."""
+def changed_pairs(piece, pair, new):
+    """Yields (pair before, pair now) for the neighbours of new, which has replaced pair in piece.
+
+    >>> list(changed_pairs("xNy", "ab", "N"))
+    [('xa', 'xN'), ('by', 'Ny')]
+    """
     left, right = pair
-    new_pairs = set()
-    for i in pieces_with.pop(pair):
-        piece, count, merged, start, at = pieces[i], counts[i], [], 0, -1
-        for _ in range(piece.count(left)):
-            at = piece.index(left, at + 1)
-            if at < start or at + 1 == len(piece) or piece[at + 1] != right:
-                continue
-            merged += piece[start:at]
-            start = at + 2
-            if merged:
-                pair_counts[merged[-1], left] -= count
-                pair_counts[merged[-1], new] += count
-                pieces_with[merged[-1], new].add(i)
-                new_pairs.add((merged[-1], new))
-            merged.append(new)
-            if start < len(piece):
-                pair_counts[right, piece[start]] -= count
-                pair_counts[new, piece[start]] += count
-                pieces_with[new, piece[start]].add(i)
-                new_pairs.add((new, piece[start]))
-        pieces[i] = merged + piece[start:]
-    del pair_counts[pair]
-    return new_pairs
+    at = piece.find(new)
+    while at >= 0:
+        if at:
+            before = piece[at - 1]
+            yield (right if before == new else before) + left, before + new
+        at += 1
+        if at < len(piece) and piece[at] != new:
+            yield right + piece[at], new + piece[at]
+        at = piece.find(new, at)
 
 
 def bpe_encode(piece, ranks):
