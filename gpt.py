@@ -5,6 +5,7 @@
     logits = model(idx)                          # idx (B, T) token ids -> (B, T, vocab_size)
     loss = model(idx, targets)                   # mean cross-entropy, nats per token
     for token in model.generate(idx, 100): ...   # (B,) ids, one step at a time
+    model = GPT.from_pretrained("gpt2")          # with the weights that OpenAI has published
 
 The architecture is GPT-2's (Radford et al. 2019): a decoder-only transformer (Vaswani et al. 2017,
 "Attention Is All You Need") with LayerNorm before each branch, learned positions and tanh GELU.
@@ -14,9 +15,13 @@ T tokens in each, C = n_embd channels.
 """
 
 import contextlib
+import http.client
+import json
 import math
+import mmap
 import os
 import pathlib
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -311,6 +316,28 @@ class GPT(nn.Module):
         self.config = replace(self.config, vocab_size=vocab_size)
         self.tie_weights()
 
+    @torch.no_grad()
+    def resize_positions(self, block_size):
+        """Crops the context to block_size tokens, or grows it by positions still to be trained.
+
+        The table is replaced: make optimizers after this.
+        """
+        wpe, kept = self.transformer.wpe, min(block_size, self.config.block_size)
+        weight = wpe.weight.new_empty(block_size, self.config.n_embd).normal_(std=0.02)
+        weight[:kept] = wpe.weight[:kept]
+        wpe.weight, wpe.num_embeddings = nn.Parameter(weight), block_size
+        self.config = replace(self.config, block_size=block_size)
+
+    def save_pretrained(self, folder, eos_token_id=None):
+        """Writes the model as Hugging Face's GPT-2; eos_token_id is the one that ends a text."""
+        save_huggingface(pathlib.Path(folder), self, eos_token_id)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, **changes):
+        """The model of anything that load_checkpoint reads, "gpt2" and a folder of Hugging Face's
+        among it. For changes and errors see from_checkpoint."""
+        return cls.from_checkpoint(load_checkpoint(name_or_path), **changes)
+
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
         """The model in what load_checkpoint returned: eval mode, CPU, sharing its tensors.
@@ -419,17 +446,14 @@ def pick_device(name=None):
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def save_checkpoint(path, model, **extra):
-    """Writes model, its config and extra (plain types and tensors) to path, all or nothing.
-
-    The file is complete under a temporary name before it takes the old one's place.
-    """
-    path = pathlib.Path(path)
-    checkpoint = {"format": 1, "config": asdict(model.config), "model": model.state_dict(), **extra}
+@contextlib.contextmanager
+def replacing(path):
+    """Opens a file to write that takes path's place when it is complete, and only then."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
+            file.flush()
             os.fsync(file.fileno())
     except BaseException as error:  # a full disk reaches us as RuntimeError
         with contextlib.suppress(OSError):
@@ -440,15 +464,28 @@ def save_checkpoint(path, model, **extra):
     os.replace(temporary, path)
 
 
+def save_checkpoint(path, model, **extra):
+    """Writes model, its config and extra (plain types and tensors) to path, all or nothing."""
+    checkpoint = {"format": 1, "config": asdict(model.config), "model": model.state_dict(), **extra}
+    with replacing(pathlib.Path(path)) as file:
+        torch.save(checkpoint, file)
+
+
 def load_checkpoint(path):
     """What save_checkpoint wrote: {"config", "model", ...}, tensors on the CPU.
 
-    path is a file or a run's folder (its best.pt, or last.pt while there is none). Nothing in the
-    file is executed. Raises OSError, or ValueError if it is not such a checkpoint.
+    path is a file or a run's folder (its best.pt, or last.pt while there is none). Other people's
+    models become such a dict, too: GPT-2 by its name (see HUB_MODELS), a folder in Hugging Face's
+    format, nanoGPT's ckpt.pt. Nothing in a file is executed. Raises OSError, or ValueError if it is
+    none of these.
     """
+    if path in HUB_MODELS and not os.path.exists(path):
+        path = download_gpt2(path)
     path = pathlib.Path(path)
+    if path.suffix == ".safetensors" or (path / "config.json").exists():
+        return load_huggingface(path if path.is_dir() else path.parent)
     if path.is_dir():
-        names = [path / "best.pt", path / "last.pt"]
+        names = [path / "best.pt", path / "last.pt", path / "ckpt.pt"]
         path = next((name for name in names if name.exists()), names[0])
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes one")
@@ -462,4 +499,199 @@ def load_checkpoint(path):
         # int(): what is compared could be a tensor
         case {"format": int(version), "config": dict(), "model": dict()} if version == 1:
             return checkpoint
+        case {"model": dict(weights), "model_args": dict(config)}:
+            return from_nanogpt(weights, config)
     raise ValueError(f"{path}: not a checkpoint of this project (format 1)")
+
+
+def from_nanogpt(weights, config):
+    """nanoGPT's weights and model_args -> a checkpoint like ours. Parameters have the same names."""
+    print("note: nanoGPT trains with the exact GELU; this is GPT-2's, by tanh", file=sys.stderr)
+    weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
+    return {"format": 1, "config": {**config, "tie_weights": True}, "model": weights}
+
+
+# --- Hugging Face's format ------------------------------------------------------------------------
+
+HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUGGING_FACE_NAMES = {  # in config.json, of what is in GPTConfig
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "tie_weights": "tie_word_embeddings",
+    "bias": "bias",  # our addition: others ignore it and read biases of zero
+}
+ARCHITECTURE = {  # what else a config.json may say, and all that this file computes
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "n_inner": None,
+}
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,  # this and the next in masks, which are not read
+    "BOOL": torch.bool,
+}
+
+
+def load_huggingface(folder):
+    """A folder with config.json and model.safetensors -> a checkpoint like ours, in float32.
+
+    Dropouts belong to a training, not to its result, and are not taken over.
+    """
+    path = folder / "config.json"
+    try:
+        settings = {"tie_word_embeddings": True, **json.loads(path.read_bytes())}
+        for name, value in ARCHITECTURE.items():
+            if settings.get(name, value) != value:
+                raise ValueError(f"{name} is {settings[name]!r}; only {value!r} is known here")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a GPT-2 that can be loaded ({error})") from error
+    names = HUGGING_FACE_NAMES.items()
+    config = {ours: settings[theirs] for ours, theirs in names if theirs in settings}
+    weights = {}
+    for name, tensor in read_safetensors(folder / "model.safetensors"):
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
+            continue
+        if not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        weights[name] = tensor.float()
+    if config["tie_weights"] and "transformer.wte.weight" in weights:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    if config.get("bias") is False:  # unless they have been trained elsewhere since
+        biases = [name for name in weights if name.endswith(".bias")]
+        config["bias"] = any(weights[name].any() for name in biases)
+        for name in [] if config["bias"] else biases:
+            del weights[name]
+    return {"format": 1, "config": config, "model": weights}
+
+
+def read_safetensors(path):
+    """Yields (name, tensor) of a safetensors file; the tensors are mapped into memory, not read.
+
+    The file is: the length of the header in 8 bytes; the header, JSON, {name: {"dtype", "shape",
+    "data_offsets": [start, end]}}; the data, without a gap. Raises ValueError if it is not.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data_start = 8 + int.from_bytes(file.read(8), "little")
+        try:
+            if data_start > size:
+                raise ValueError(f"the header should end at byte {data_start} of {size}")
+            entries = json.loads(file.read(data_start - 8))
+            entries.pop("__metadata__", None)
+            entries = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+            position = data_start
+            for name, entry in entries:
+                start, end = entry["data_offsets"]
+                if not all(type(n) is int and n > 0 for n in (*entry["shape"], end)):
+                    raise ValueError(f"{name} has an impossible shape")
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
+                length = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+                if (start, end) != (position - data_start, position - data_start + length):
+                    raise ValueError(f"{name} does not lie where it should")
+                position += length
+            if position != size:
+                raise ValueError(f"its tensors end at byte {position} of {size}")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: damaged, or no safetensors file ({error!s:.200})") from error
+        for name, entry in entries:
+            start, end = (data_start + offset for offset in entry["data_offsets"])
+            yield name, map_tensor(file, DTYPES[entry["dtype"]], entry["shape"], start, end)
+
+
+def map_tensor(file, dtype, shape, start, end):
+    """A tensor whose memory is bytes start to end of file; what is written to it stays with us."""
+    skipped = start % mmap.ALLOCATIONGRANULARITY
+    data = mmap.mmap(
+        file.fileno(), end - start + skipped, access=mmap.ACCESS_COPY, offset=start - skipped
+    )
+    if start % dtype.itemsize:  # not where the processor wants it
+        data, skipped = bytearray(data[skipped:]), 0
+    return torch.frombuffer(data, dtype=dtype, offset=skipped).view(shape)
+
+
+def save_huggingface(folder, model, eos_token_id):
+    """Writes model.safetensors, generation_config.json and config.json: see load_huggingface."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, weights, tensors = model.config, model.state_dict(), {}
+    with torch.device("meta"):
+        complete = GPT(replace(config, bias=True)).state_dict()
+    for name, tensor in complete.items():
+        tensor = weights.get(name, torch.zeros(tensor.shape))  # their layout has all the biases
+        if name != "lm_head.weight" or not config.tie_weights:
+            tensors[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    write_safetensors(folder / "model.safetensors", tensors)
+    ends = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    settings = {
+        "architectures": ["GPT2LMHeadModel"],
+        **ARCHITECTURE,
+        **{theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE_NAMES.items()},
+        "embd_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "attn_pdrop": config.attn_dropout,
+        **ends,
+    }
+    for name, content in {"generation_config.json": ends, "config.json": settings}.items():
+        with replacing(folder / name) as file:
+            file.write(json.dumps(content, indent=2).encode())
+
+
+def write_safetensors(path, tensors):
+    """Writes {name: tensor} as read_safetensors describes."""
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": dtype_names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)  # so that the data is aligned
+    with replacing(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            data = bytearray(tensor.nbytes)
+            torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+            file.write(data)
+
+
+def download_gpt2(name):
+    """Fetches one of HUB_MODELS into torch.hub's folder, where it is not there; returns its folder.
+
+    The variable HF_ENDPOINT names a mirror of the hub.
+    """
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    folder = pathlib.Path(torch.hub.get_dir(), name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "model.safetensors"):
+        path, partial = folder / file, folder / f"{file}.partial"
+        url = f"{hub}/openai-community/{name}/resolve/main/{file}"
+        if path.exists():
+            continue
+        print(f"downloading {url} to {folder}", file=sys.stderr)
+        try:
+            torch.hub.download_url_to_file(url, str(partial))  # does not notice a broken connection
+            if file == "config.json":
+                json.loads(partial.read_bytes())
+            else:
+                list(read_safetensors(partial))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            partial.unlink(missing_ok=True)
+            raise ValueError(f"{url}: cannot be downloaded ({error})") from error
+        partial.replace(path)
+    return folder

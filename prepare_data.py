@@ -392,17 +392,20 @@ def changed_pairs(piece, pair, new):
 def bpe_encode(piece, ranks):
     """One piece of text -> token ids: what tiktoken does in Rust, written out.
 
-    Begins with single bytes and joins, again and again, the neighbours that were learned first.
-
     >>> bpe_encode(" lower", train_bpe(["low lower lowest"], 259))
     [258, 101, 114]
     """
-    tokens = [bytes([byte]) for byte in piece.encode()]
+    return [ranks[token] for token in bpe_split(piece.encode(), ranks)]
+
+
+def bpe_split(data, ranks):
+    """Bytes -> tokens (bytes): joins, again and again, the neighbours that were learned first."""
+    tokens = [bytes([byte]) for byte in data]
     while True:
         joined = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(tokens)]
         earliest = min(joined, default=len(ranks))
         if earliest == len(ranks):
-            return [ranks[token] for token in tokens]
+            return tokens
         i = joined.index(earliest)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
 
@@ -445,6 +448,102 @@ def build_tokenizer(spec):
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"damaged tokenizer ({error!r:.90})") from error
     return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+
+
+# --- tokenizers in Hugging Face's format ----------------------------------------------------------
+
+GPT2_DIGEST = "00784030c74dea3434d6e7ea73408a45e82b13c5830e98b7245787c66867d78b"  # of the tokens of its vocab.json, in our spec
+
+
+def byte_characters():
+    """The printable character that stands for each byte in vocab.json: where Latin-1 has one, that;
+    for the others, blanks among them, those from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def save_tokenizer(spec, folder, block_size):
+    """Writes vocab.json, merges.txt and tokenizer_config.json into folder.
+
+    The merges are found again: a token, encoded with only those before it, falls into the two that
+    it was made of. Raises ValueError for tokenizers that cut text in another way than GPT-2's.
+    """
+    tokenizer = build_tokenizer(spec)
+    if tokenizer._pat_str != SPLIT:
+        raise ValueError(f"tokenizer {tokenizer.name}: not of GPT-2's kind, so there is no export")
+    characters, ranks, merges = byte_characters(), {}, ["#version: 0.2"]
+
+    def printable(data):
+        return "".join(characters[byte] for byte in data)
+
+    for token, rank in sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            merges.append(" ".join(map(printable, bpe_split(token, ranks))))
+        ranks[token] = rank
+    special = tokenizer._special_tokens
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        "added_tokens_decoder": {
+            rank: {"content": name, "special": True, "normalized": False}
+            for name, rank in special.items()
+        },
+    }
+    names = {printable(token): rank for token, rank in ranks.items()}
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, text in [
+        ("vocab.json", json.dumps(names | special, ensure_ascii=False)),
+        ("merges.txt", "\n".join(merges) + "\n"),
+        ("tokenizer_config.json", json.dumps(settings, indent=2)),
+    ]:
+        replace_text(pathlib.Path(folder, name), text)
+
+
+def read_tokenizer(folder):
+    """The spec of a folder's vocab.json and merges.txt, or tokenizer.json; None if it has neither.
+
+    Raises ValueError where tokens do not stand in the order: bytes, merges, special tokens.
+    """
+    path = pathlib.Path(folder, "vocab.json")
+    try:
+        if path.exists():
+            vocab = parse_json(path.read_bytes(), path)
+            path = path.with_name("merges.txt")
+            lines = decode(path.read_bytes(), path).split("\n")
+            merges = [line for line in lines if line and not line.startswith("#version")]
+        elif (path := pathlib.Path(folder, "tokenizer.json")).exists():
+            whole = parse_json(path.read_bytes(), path)
+            added = {token["content"]: token["id"] for token in whole["added_tokens"]}
+            vocab, merges = whole["model"]["vocab"] | added, whole["model"]["merges"]
+        else:
+            return None
+        merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
+        names = sorted(vocab, key=vocab.get)
+        count = 256 + len(merged)
+        if [vocab[name] for name in names] != list(range(len(names))):
+            raise ValueError("token ids with gaps")
+        if set(names[:256]) != set(bytes_of) or names[256:count] != merged:
+            raise ValueError("not the order: bytes, merges, special tokens")
+        tokens = [bytes(bytes_of[c] for c in name).decode("latin-1") for name in names[:count]]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: no tokenizer of GPT-2's kind ({error!r:.90})") from error
+    if hashlib.sha256("\n".join(tokens).encode()).hexdigest() == GPT2_DIGEST:
+        return {"name": "gpt2"}
+    return {"name": "bpe", "tokens": tokens, "special_tokens": names[count:]}
+
+
+def tokenizer_of(checkpoint, path):
+    """The spec of the tokenizer that goes with load_checkpoint(path): its own, that of the folder
+    in which it lies, or GPT-2's."""
+    path = pathlib.Path(path)
+    folder = path if path.is_dir() else path.parent
+    spec = checkpoint.get("tokenizer") or (read_tokenizer(folder) if path.exists() else None)
+    return spec or {"name": "gpt2"}
 
 
 # --- the data folder ------------------------------------------------------------------------------
@@ -553,6 +652,13 @@ def clear_old(out):
 
 
 # --- shared by the scripts: flags, errors, progress -----------------------------------------------
+
+
+def replace_text(path, text):
+    """Writes a file all or nothing, as everything is written here: under another name at first."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -706,7 +812,7 @@ def given_tokenizer(args):
         raise ValueError(f"--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own")
     is_name = args.tokenizer in tiktoken.list_encoding_names()
     if not is_name and pathlib.Path(args.tokenizer).is_dir():
-        return open_data(args.tokenizer)["tokenizer"]
+        return read_tokenizer(args.tokenizer) or open_data(args.tokenizer)["tokenizer"]
     build_tokenizer({"name": args.tokenizer})  # complain before the long work, not after it
     return {"name": args.tokenizer}
 
@@ -814,7 +920,7 @@ def main(argv=None):
     add = parser.add_argument
     add("inputs", nargs="*", help="files, folders, URLs; none: the manual that Python comes with")
     add("--out", default="data", help="folder to write")
-    add("--tokenizer", default="bpe", help="bpe: trained here; a tiktoken name; a data folder")
+    add("--tokenizer", default="bpe", help="bpe: trained here; a tiktoken name; a folder with one")
     add("--vocab_size", type=count, help="bytes and merges of the trained BPE (default: 1024)")
     add("--bpe_sample_mb", type=count, default=40, help="text that the BPE is trained on, MB")
     add("--text_field", default="text", help="where a JSON object has its text")

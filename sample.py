@@ -3,6 +3,8 @@
 python sample.py                                            # from out/, a new document
 python sample.py --init_from=out/book --start="It was a"    # goes on from there
 python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.7 --top_p=0.9
+python sample.py --init_from=gpt2 --start="It was a"        # OpenAI's GPT-2
+python sample.py --init_from=out --save_pretrained=mine     # for transformers and its kin
 """
 
 import codecs
@@ -13,7 +15,15 @@ import time
 import torch
 
 from gpt import GPT, load_checkpoint, pick_device
-from prepare_data import END_OF_TEXT, ArgumentParser, build_tokenizer, count, script
+from prepare_data import (
+    END_OF_TEXT,
+    ArgumentParser,
+    build_tokenizer,
+    count,
+    save_tokenizer,
+    script,
+    tokenizer_of,
+)
 
 
 def read_prompt(start):
@@ -47,18 +57,19 @@ class TextDecoder:
 
 
 def load_model(path, device):
-    """A checkpoint -> (model, tokenizer). The model's vocabulary is cropped to the tokenizer's."""
+    """A checkpoint -> (model, tokenizer, its spec). The vocabulary is cropped to the tokenizer's."""
     checkpoint = load_checkpoint(path)
     try:
         model = GPT.from_checkpoint(checkpoint)
-        tokenizer = build_tokenizer(checkpoint.get("tokenizer"))
+        spec = tokenizer_of(checkpoint, path)
+        tokenizer = build_tokenizer(spec)
         if model.config.vocab_size < tokenizer.n_vocab:
             raise ValueError(f"{tokenizer.n_vocab} tokens, but the model knows fewer")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if model.config.vocab_size > tokenizer.n_vocab:
         model.resize_vocab(tokenizer.n_vocab)
-    return model.to(device), tokenizer
+    return model.to(device), tokenizer, spec
 
 
 def write_samples(model, tokenizer, prompt, args):
@@ -105,7 +116,7 @@ def write_samples(model, tokenizer, prompt, args):
 def main(argv=None):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--init_from", default="out", help="a run's folder, or a checkpoint in it")
+    add("--init_from", default="out", help="a run's folder, gpt2, a Hugging Face folder")
     add("--start", help="the text to go on from, or FILE:name (default: a new document)")
     add("--num_samples", type=count, default=1, help="how many, made in one batch")
     add("--max_new_tokens", type=count, default=500, help="the most that a sample may have")
@@ -114,6 +125,7 @@ def main(argv=None):
     add("--top_p", type=float, default=1.0, help="... among those that reach probability p")
     add("--seed", type=int, default=1337, help="the same seed writes the same text")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--save_pretrained", metavar="FOLDER", help="write no text, but the model for transformers")
     args = parser.parse_args(argv)
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature={args.temperature}: must be 0 or more")
@@ -122,7 +134,12 @@ def main(argv=None):
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p={args.top_p}: must be above 0 and at most 1")
     prompt = None if args.start is None else read_prompt(args.start)
-    model, tokenizer = load_model(args.init_from, pick_device(args.device))
+    model, tokenizer, spec = load_model(args.init_from, pick_device(args.device))
+    if args.save_pretrained:
+        save_tokenizer(spec, args.save_pretrained, model.config.block_size)
+        model.save_pretrained(args.save_pretrained, tokenizer.encode_single_token(END_OF_TEXT))
+        print(f"wrote model and tokenizer to {args.save_pretrained}")
+        return
     start = time.perf_counter()
     made = write_samples(model, tokenizer, prompt, args)
     seconds = time.perf_counter() - start

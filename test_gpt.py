@@ -3,6 +3,7 @@
 python -m pytest -q
 """
 
+import contextlib
 import csv
 import doctest
 import http.server
@@ -92,6 +93,30 @@ def assert_equal(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+@contextlib.contextmanager
+def web_server(answers):
+    """A server on this machine: answers {path: (bytes, headers)} -> its address, paths asked for."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path in answers else 404)
+            content, headers = answers.get(self.path, (b"", {}))
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    asked = []
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -629,27 +654,13 @@ def test_a_separator_divides_a_file_wherever_its_blocks_end(tmp_path, block, mon
 
 
 def test_a_page_is_downloaded_once_and_kept(tmp_path, monkeypatch):
-    class Page(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200 if self.path == "/page" else 404)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(b"<p>hello</p>")
-
-        def log_message(self, *args):
-            pass
-
-    asked = []
     monkeypatch.chdir(tmp_path)
-    with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    page = (b"<p>hello</p>", {"Content-Type": "text/html; charset=utf-8"})
+    with web_server({"/page": page}) as (url, asked):
         for _ in range(2):
             assert [clean(text) for text in documents_of(f"{url}/page")] == ["hello"]
         with pytest.raises(ValueError, match="404"):
             documents_of(f"{url}/nothing")
-        server.shutdown()
     assert asked == ["/page", "/nothing"]
     assert len(list((tmp_path / "downloads").iterdir())) == 1
 
@@ -660,6 +671,252 @@ def test_a_sample_for_the_bpe_is_spread_over_all_text():
     assert 0.15 < len(taken) / sum(map(len, texts)) < 0.3
     assert len(set(taken[: len(taken) // 2])) > 2
     assert "".join(prepare_data.spread_sample(texts, 1)) == "".join(texts)
+
+
+# --- other people's models ------------------------------------------------------------------------
+
+
+def far_from_new(model):
+    """The model with every parameter, also biases, at a value of its own."""
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) / 10
+    return model.eval()
+
+
+@pytest.mark.parametrize("vocab_size", [50, 257])
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_export_and_import_give_the_same_model(bias, tie_weights, vocab_size, tmp_path):
+    model = far_from_new(tiny_model(bias=bias, tie_weights=tie_weights, vocab_size=vocab_size))
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_equal(dict(again.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_transformers_computes_the_same_logits(bias, tie_weights, tmp_path):
+    import transformers
+
+    model, idx = far_from_new(tiny_model(bias=bias, tie_weights=tie_weights)), tokens(2, 16)
+    model.save_pretrained(tmp_path, eos_token_id=49)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-5, rtol=0)
+    assert theirs.generation_config.eos_token_id == 49
+
+
+@pytest.mark.parametrize("part", ["whole", "body alone", "half precision"])
+def test_a_model_of_transformers_computes_the_same_here(part, tmp_path):
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    theirs = far_from_new(transformers.GPT2LMHeadModel(config))
+    if part == "half precision":
+        theirs = theirs.half()
+    # the body alone has no "transformer." before its names, as OpenAI's weights have none
+    (theirs.transformer if part == "body alone" else theirs).save_pretrained(tmp_path)
+    ours, idx = GPT.from_pretrained(tmp_path / "model.safetensors"), tokens(2, 16)
+    torch.testing.assert_close(theirs.float()(idx).logits, ours(idx), atol=1e-5, rtol=0)
+
+
+def test_biases_trained_elsewhere_are_not_lost(tmp_path):
+    import transformers
+
+    tiny_model(bias=False).save_pretrained(tmp_path)
+    theirs = far_from_new(transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+    theirs.save_pretrained(tmp_path)
+    ours, idx = GPT.from_pretrained(tmp_path), tokens(2, 16)
+    torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-5, rtol=0)
+
+
+def test_safetensors_files_are_those_of_the_package(tmp_path):
+    import safetensors.torch
+
+    path = tmp_path / "x.safetensors"
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(2, 2).bfloat16(),
+        "c": torch.randn(7).half(),
+    }
+    gpt.write_safetensors(path, tensors)
+    assert_equal(safetensors.torch.load_file(path), tensors)
+    safetensors.torch.save_file(tensors, path)
+    assert_equal(dict(gpt.read_safetensors(path)), tensors)
+    data = path.read_bytes()  # one more blank in the header, and nothing is aligned
+    size = int.from_bytes(data[:8], "little")
+    path.write_bytes(
+        (size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :]
+    )
+    assert_equal(dict(gpt.read_safetensors(path)), tensors)
+
+
+def test_transformers_makes_the_same_tokens(tmp_path):
+    import transformers
+
+    spec = bpe_spec(train_bpe([story(2000), pathlib.Path(__file__).read_text("utf-8")], 700))
+    prepare_data.save_tokenizer(spec, tmp_path, 16)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    ours, theirs = build_tokenizer(spec), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    rng = random.Random(0)
+    for text in [any_text(rng, rng.randrange(60)) for _ in range(200)]:
+        assert theirs(text)["input_ids"] == ours.encode_ordinary(text)
+    assert theirs.eos_token_id == ours.eot_token
+    assert prepare_data.read_tokenizer(tmp_path) == spec
+    theirs.save_pretrained(tmp_path / "again")
+    assert prepare_data.read_tokenizer(tmp_path / "again") == spec
+
+
+def test_a_model_goes_out_and_comes_back_through_the_scripts(data_folder, tmp_path, capsys):
+    run_training(data_folder, tmp_path / "out")
+    sample.main([f"--init_from={tmp_path}/out", f"--save_pretrained={tmp_path}/hf"])
+    texts = []
+    for name in ("out", "hf"):
+        capsys.readouterr()
+        sample.main([f"--init_from={tmp_path}/{name}", "--max_new_tokens=20", "--seed=1"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    prepare_data.main(
+        [str(data_folder.parent / "story.txt"), f"--out={tmp_path}/data"]
+        + [f"--tokenizer={tmp_path}/hf"]
+    )
+    train.main(
+        [f"--data={tmp_path}/data", f"--init_from={tmp_path}/hf", f"--out_dir={tmp_path}/more"]
+        + ["--block_size=8", "--dropout=0.2", "--max_iters=5", "--device=cpu"]
+    )
+    more = load_checkpoint(tmp_path / "more" / "last.pt")
+    assert more["config"]["block_size"] == 8
+    assert more["config"]["dropout"] == 0.2
+    assert len(more["model"]["transformer.wpe.weight"]) == 8
+
+
+def test_a_checkpoint_of_nanogpt_is_a_model_too(tmp_path, capsys):
+    model, idx = tiny_model(bias=False), tokens(2, 16)
+    weights = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    shape = {name: value for name, value in TINY.items()} | {"bias": False, "dropout": 0.0}
+    torch.save({"model": weights, "model_args": shape, "iter_num": 5}, tmp_path / "ckpt.pt")
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx), model(idx))
+    assert "exact GELU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("block_size", [8, 40])
+def test_another_context_leaves_the_old_positions_alone(block_size):
+    model, idx = tiny_model(), tokens(2, 8)
+    before = model(idx)
+    model.resize_positions(block_size)
+    assert torch.equal(model(idx), before)
+    assert model(tokens(1, block_size)).shape == (1, block_size, 50)
+    with pytest.raises(ValueError, match="do not fit"):
+        model(tokens(1, block_size + 1))
+
+
+def safetensors_file(changes=None, data=b"\0" * 8, length=None):
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    header["a"].update(changes or {})
+    header = json.dumps(header).encode()
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+BAD_SAFETENSORS = {
+    "empty": b"",
+    "header longer than the file": safetensors_file(length=10**6),
+    "header longer than any file": b"\xff" * 100,
+    "data cut off": safetensors_file(data=b"\0" * 7),
+    "data left over": safetensors_file(data=b"\0" * 9),
+    "out of bounds": safetensors_file({"shape": [4], "data_offsets": [0, 16]}),
+    "before the data": safetensors_file({"data_offsets": [-8, 0]}),
+    "a gap": safetensors_file({"data_offsets": [8, 16]}, data=b"\0" * 16),
+    "shape and length disagree": safetensors_file({"shape": [3]}),
+    "shape that overflows": safetensors_file({"shape": [2**62, 4]}),
+    "negative shape": safetensors_file({"shape": [-1, -2]}),
+    "offsets of another kind": safetensors_file({"data_offsets": [0.0, 8.0]}),
+    "unknown dtype": safetensors_file({"dtype": "F8_E4M3"}),
+    "not JSON": (8).to_bytes(8, "little") + b"{{{{{{{{",
+    "a list": (2).to_bytes(8, "little") + b"[]",
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAFETENSORS)
+def test_a_safetensors_file_that_lies_is_refused(name, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(BAD_SAFETENSORS[name])
+    with pytest.raises(ValueError, match="damaged, or no safetensors file"):
+        list(gpt.read_safetensors(path))
+
+
+def test_tensors_that_overlap_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    gpt.write_safetensors(path, {"a": torch.ones(4), "b": torch.ones(4)})
+    path.write_bytes(path.read_bytes().replace(b"[16, 32]", b"[12, 28]")[:-4])
+    with pytest.raises(ValueError, match="b does not lie"):
+        list(gpt.read_safetensors(path))
+
+
+def test_a_model_that_is_not_this_architecture_is_named(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path)
+    good, flag = (tmp_path / "config.json").read_text(), f"--init_from={tmp_path}"
+    for old, new, complaint in [
+        ('"gpt2"', '"llama"', "model_type is 'llama'"),
+        ("gelu_new", "relu", "activation_function is 'relu'"),
+        ("1e-05", "1e-12", "layer_norm_epsilon"),
+        ('"n_layer": 2', '"n_layer": 3', "Missing key"),
+        ('"n_layer": 2', '"n_layer": 1', "Unexpected key"),
+        ('"n_embd": 16', '"n_embd": 18', "size mismatch for transformer.wte.weight"),
+        ('"n_head": 2', '"n_head": "2"', "n_head must be int"),
+        ("{", "[", "not a GPT-2 that can be loaded"),
+    ]:
+        (tmp_path / "config.json").write_text(good.replace(old, new))
+        assert complaint in fails(capsys, sample.main, flag)
+    (tmp_path / "config.json").write_text(good)
+    (tmp_path / "model.safetensors").unlink()
+    assert "model.safetensors: No such file" in fails(capsys, sample.main, flag)
+
+
+def test_tokenizers_of_another_kind_are_named(tmp_path):
+    prepare_data.save_tokenizer(bpe_spec(train_bpe([story(200)], 260)), tmp_path, 16)
+    vocab = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
+    for changed in [
+        {name: rank + 1 for name, rank in vocab.items()},
+        {name: len(vocab) - 1 - rank for name, rank in vocab.items()},
+        {name: rank for name, rank in vocab.items() if rank != 65},
+        ["a"],
+    ]:
+        (tmp_path / "vocab.json").write_text(json.dumps(changed), encoding="utf-8")
+        with pytest.raises(ValueError, match="no tokenizer of GPT-2's kind"):
+            prepare_data.read_tokenizer(tmp_path)
+
+
+def test_gpt2_is_downloaded_once_and_only_whole(tmp_path, monkeypatch):
+    model, idx = far_from_new(tiny_model()), tokens(2, 16)
+    model.save_pretrained(tmp_path / "hub")
+    config, weights = (
+        (tmp_path / "hub" / name).read_bytes() for name in ("config.json", "model.safetensors")
+    )
+    answers, at = {}, "/openai-community/gpt2/resolve/main/"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with web_server(answers) as (url, asked):
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        with pytest.raises(ValueError, match="404"):
+            load_checkpoint("gpt2")
+        answers[at + "config.json"] = (config, {"Content-Length": len(config)})
+        size = {"Content-Length": len(weights)}
+        for broken in [
+            (weights[: len(weights) // 2], size),  # the connection breaks off
+            (weights[:-4], {}),
+            (weights + b"more", {}),
+            (b"<html>too many requests</html>", {}),
+        ]:
+            answers[at + "model.safetensors"] = broken
+            with pytest.raises(ValueError, match="cannot be downloaded"):
+                load_checkpoint("gpt2")
+            assert os.listdir(tmp_path / "cache" / "gpt2") == ["config.json"]
+        answers[at + "model.safetensors"] = (weights, size)
+        for _ in range(2):
+            assert torch.equal(GPT.from_pretrained("gpt2")(idx), model(idx))
+        assert asked.count(at + "model.safetensors") == 5
+        assert asked.count(at + "config.json") == 2
 
 
 # --- any accident ---------------------------------------------------------------------------------

@@ -29,7 +29,14 @@ import torch
 
 import prepare_data
 from gpt import GPT, GPTConfig, load_checkpoint, pick_device, save_checkpoint
-from prepare_data import ArgumentParser, open_data, script, sole_owner
+from prepare_data import (
+    ArgumentParser,
+    open_data,
+    replace_text,
+    script,
+    sole_owner,
+    tokenizer_of,
+)
 
 # --- what can be set ------------------------------------------------------------------------------
 
@@ -511,9 +518,8 @@ class Metrics:
                 number = line.split(",")[0]
                 if number.isdecimal() and int(number) <= step:
                     lines.append(line)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.path = temporary.replace(path)
+        replace_text(path, "\n".join(lines) + "\n")
+        self.path = path
 
     def add(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as file:
@@ -540,14 +546,18 @@ def make_model(config, flags, meta, checkpoint):
         torch.manual_seed(config.seed)
         shape = {name: getattr(config, name) for name in MODEL_FLAGS}
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
-    if checkpoint.get("tokenizer") != meta["tokenizer"]:
+    path = config.out_dir if config.init_from == "resume" else config.init_from
+    if tokenizer_of(checkpoint, path) != meta["tokenizer"]:
         raise ValueError(
-            f"{config.data} and {config.init_from} have different tokenizers; prepare the text "
-            "with --tokenizer=FOLDER, the data folder that the checkpoint was trained on"
+            f"{config.data} and {path} have different tokenizers; prepare the text with "
+            "--tokenizer=gpt2 for GPT-2, or --tokenizer=FOLDER, the data folder that the "
+            "checkpoint was trained on"
         )
     given = {name: flags[name] for name in MODEL_FLAGS if name in flags}
     free = {name: value for name, value in given.items() if "dropout" in name}
     model = GPT.from_checkpoint(checkpoint, **free)
+    if given.get("block_size", math.inf) < model.config.block_size:
+        model.resize_positions(given["block_size"])
     for name, value in given.items():
         has = getattr(model.config, name)
         if has != value:
