@@ -338,12 +338,18 @@ class GPT(nn.Module):
         among it. For changes and errors see from_checkpoint."""
         return cls.from_checkpoint(load_checkpoint(name_or_path), **changes)
 
+    def checkpoint(self):
+        """What from_checkpoint makes a model of: {"config", "model"}."""
+        return {"config": asdict(self.config), "model": self.state_dict()}
+
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
         """The model in what load_checkpoint returned: eval mode, CPU, sharing its tensors.
 
         changes override its config's dropouts. Raises ValueError if the weights do not fit it.
         """
+        if "base" in checkpoint:
+            raise ValueError("only what finetune.py has trained; the whole model is in best.pt")
         try:
             config = GPTConfig(**{**checkpoint["config"], **changes})
         except TypeError as error:
@@ -464,11 +470,10 @@ def replacing(path):
     os.replace(temporary, path)
 
 
-def save_checkpoint(path, model, **extra):
-    """Writes model, its config and extra (plain types and tensors) to path, all or nothing."""
-    checkpoint = {"format": 1, "config": asdict(model.config), "model": model.state_dict(), **extra}
+def save_checkpoint(path, checkpoint):
+    """Writes what GPT.checkpoint returns, and more plain types and tensors, all or nothing."""
     with replacing(pathlib.Path(path)) as file:
-        torch.save(checkpoint, file)
+        torch.save({"format": 1, **checkpoint}, file)
 
 
 def load_checkpoint(path):
@@ -692,6 +697,8 @@ def download_gpt2(name):
                 list(read_safetensors(partial))
         except (OSError, ValueError, http.client.HTTPException) as error:
             partial.unlink(missing_ok=True)
-            raise ValueError(f"{url}: cannot be downloaded ({error})") from error
+            raise ValueError(
+                f"{url}: cannot be downloaded ({error}); or copy it to {folder}"
+            ) from error
         partial.replace(path)
     return folder

@@ -258,23 +258,28 @@ def clean(text):
 
 
 def python_manual():
-    """Yields (source, text): pydoc's topics, and a page for each module of the standard library.
-
-    The modules are read with ast, never imported.
-    """
+    """Yields (source, text): pydoc's topics, and a page for each module of the standard library."""
     from pydoc_data.topics import topics  # here, since some systems come without it
 
     for name in sorted(topics):
         yield f"topic {name}", topics[name]
+    for module, entries in itertools.groupby(library_docstrings(), key=lambda entry: entry[0]):
+        yield module, "\n\n".join(f"# {title}\n\n{text}" for _, title, text in entries)
+
+
+@functools.cache
+def library_docstrings():
+    """[(module, signature, docstring)] of the standard library, read with ast, never imported."""
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    entries = []
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if skipped.isdisjoint(parts) and all(part.isidentifier() for part in parts):
-            name = ".".join(part for part in parts if part != "__init__")
-            entries = list(docstrings(ast.parse(path.read_bytes()), name))
-            if entries:
-                yield name, "\n\n".join(f"# {title}\n\n{text}" for title, text in entries)
+            module = ".".join(part for part in parts if part != "__init__")
+            tree = ast.parse(path.read_bytes())
+            entries += [(module, title, text) for title, text in docstrings(tree, module)]
+    return entries
 
 
 def docstrings(node, name):
@@ -286,6 +291,45 @@ def docstrings(node, name):
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from docstrings(child, f"{name}.{child.name}")
+
+
+def first_sentence(docstring):
+    """
+    >>> first_sentence("Join two\\n    paths.  Blanks too.\\n\\nMore.")
+    'Join two paths.'
+    """
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    return re.match(r".*?[.!?](?= |$)|.*", paragraph)[0]
+
+
+def manual_examples():
+    """Examples for finetune.py from Python's manual: {task: [{...}]}; a module is a group, which finetune.py does not divide.
+
+    classify: a docstring, and the package it is from, one of those that have many modules.
+    instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring.
+    preference: the same, and as a worse answer the sentence of what follows it in the module.
+    """
+    by_package, by_module = collections.defaultdict(list), collections.defaultdict(list)
+    for module, title, text in library_docstrings():
+        by_package[module.split(".")[0]].append({"text": clean(text), "group": module})
+        name, sentence = title.split("(")[0], first_sentence(clean(text))
+        if "._" not in name and 20 <= len(sentence) <= 200 and len(title) <= 100:
+            by_module[module].append((f"Explain {title}.", sentence))
+    examples = {"classify": [], "instruct": [], "preference": []}
+    for package, found in by_package.items():
+        modules = collections.Counter()
+        for example in found:  # a few of each module rather than all of the first ones
+            example["turn"] = modules[example["group"]] = modules[example["group"]] + 1
+        if len(modules) >= 10 and len(found) >= 150:
+            for example in sorted(found, key=lambda example: example.pop("turn"))[:300]:
+                examples["classify"].append({**example, "label": package})
+    for module, pairs in by_module.items():
+        for (prompt, sentence), (_, other) in zip(pairs, pairs[1:] + pairs[:1]):
+            shared = {"group": module, "instruction": prompt}
+            examples["instruct"].append({**shared, "output": sentence})
+            if other != sentence:
+                examples["preference"].append({**shared, "chosen": sentence, "rejected": other})
+    return examples
 
 
 # --- byte-pair encoding ---------------------------------------------------------------------------
@@ -448,6 +492,36 @@ def build_tokenizer(spec):
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"damaged tokenizer ({error!r:.90})") from error
     return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+
+
+ALPACA = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
+
+
+def default_template(tokenizer):
+    """ "roles" for a vocabulary that has tokens for them, as ours do; else "alpaca", plain text."""
+    return "roles" if tokenizer.special_tokens_set.issuperset(ROLES) else "alpaca"
+
+
+def chat_parts(messages, tokenizer, template):
+    """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...].
+
+    Answers, which end with <|endoftext|>, are encoded apart from what comes before, as they are
+    when the model makes them. To let it make one, leave out the last part of a conversation that
+    ends with an assistant's message.
+    """
+    parts = []
+    for message in messages:
+        role, content = message["role"], clean(message["content"])
+        is_answer = role == "assistant"
+        if template == "roles":
+            header = [tokenizer.encode_single_token(f"<|{role}|>")]
+        else:
+            header = tokenizer.encode_ordinary(ALPACA[role])
+            content += "" if is_answer else "\n\n"
+        tokens = tokenizer.encode_ordinary(content)
+        tokens += [tokenizer.encode_single_token(END_OF_TEXT)] if is_answer else []
+        parts += [(header, False), (tokens, is_answer)]
+    return parts
 
 
 # --- tokenizers in Hugging Face's format ----------------------------------------------------------
@@ -618,14 +692,15 @@ def open_data(folder):
     return meta
 
 
+OUR_FILES = r"meta\.json|(train|val)_\d{5}\.npy|(classify|instruct|preference)\.jsonl|\..*"
+
+
 def check_replaceable(out):
     """Raises ValueError where out is a file, or a folder in which there are files not of ours."""
     if out.is_file():
         raise ValueError(f"--out={out}: a file of that name is there; name another folder")
     files = [entry.name for entry in out.iterdir() if entry.is_file()] if out.exists() else []
-    foreign = [
-        n for n in files if not regex.fullmatch(r"meta\.json|(train|val)_\d{5}\.npy|\..*", n)
-    ]
+    foreign = [name for name in files if not regex.fullmatch(OUR_FILES, name)]
     if foreign or (files and b'"splits"' not in (out / "meta.json").read_bytes()):
         name = foreign[0] if foreign else "meta.json"
         raise ValueError(f"--out={out}: {name} in it is not ours, so it stays; name another folder")
@@ -899,6 +974,9 @@ def prepare(args, spec, folder):
     }
     spool.unlink()
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    for task, examples in manual_examples().items() if not args.inputs else ():
+        lines = "".join(json.dumps(example) + "\n" for example in examples)
+        (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
     print(f"dropped {(~is_first).sum():,} duplicates and {too_short:,} short documents")
     return meta, tokenizer
 

@@ -229,7 +229,7 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
 def test_the_head_is_the_embedding_where_weights_are_tied_also_after_loading(tmp_path):
     for tied in (True, False):
         model = tiny_model(tie_weights=tied)
-        gpt.save_checkpoint(tmp_path / "a.pt", model)
+        gpt.save_checkpoint(tmp_path / "a.pt", model.checkpoint())
         loaded = GPT.from_checkpoint(load_checkpoint(tmp_path / "a.pt"))
         assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
         assert_equal(dict(model.state_dict()), dict(loaded.state_dict()))
@@ -557,7 +557,7 @@ def test_the_learning_rate_rises_and_falls_to_the_right_values():
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     for warmup in (0, 99, 100, 200):  # nothing is divided by zero
-        config = train.TrainConfig(warmup_iters=warmup, max_iters=100)
+        config = train.TrainConfig(learning_rate=1e-3, warmup_iters=warmup, max_iters=100)
         assert all(0 < train.learning_rate_at(step, config) <= 1e-3 for step in range(100))
 
 
@@ -1056,7 +1056,7 @@ def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model, path = tiny_model(), tmp_path / "a.pt"
-    gpt.save_checkpoint(path, model)
+    gpt.save_checkpoint(path, model.checkpoint())
     before = path.read_bytes()
 
     def full(checkpoint, file):
@@ -1065,7 +1065,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="disk full"):
-        gpt.save_checkpoint(path, model)
+        gpt.save_checkpoint(path, model.checkpoint())
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

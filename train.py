@@ -48,27 +48,16 @@ def option(default, help, fixed=False, least=None):
 
 
 @dataclass
-class TrainConfig:
-    data: str = option("data", "folder written by prepare_data.py")
+class RunConfig:
+    """What every kind of training has, fine-tuning too."""
+
     out_dir: str = option("out", "folder for checkpoints and metrics.csv")
-    init_from: str = option("scratch", "scratch, resume, or a checkpoint whose weights to take")
-    eval_only: bool = option(False, "only print the validation loss")
-    # the model: see GPTConfig
-    n_layer: int = option(2, "transformer blocks", fixed=True)
-    n_head: int = option(4, "attention heads in a block", fixed=True)
-    n_embd: int = option(128, "width of the residual stream", fixed=True)
-    block_size: int = option(128, "context, tokens", fixed=True)
-    dropout: float = option(0.0, "on embeddings and residual branches", fixed=True)
-    attn_dropout: float = option(0.0, "on attention weights", fixed=True)
-    bias: bool = option(True, "biases in Linear and LayerNorm", fixed=True)
-    tie_weights: bool = option(False, "the output head shares the token embedding", fixed=True)
-    # a step sees batch_size * gradient_accumulation_steps * block_size tokens
     batch_size: int = option(4, "windows in a micro-batch", fixed=True)
     gradient_accumulation_steps: int = option(1, "micro-batches in a step", fixed=True)
     seed: int = option(1337, "of weights, batches and dropout", fixed=True, least=0)
     # AdamW, with warmup and cosine decay
-    max_iters: int = option(4500, "steps")
-    learning_rate: float = option(1e-3, "the highest, at the end of warmup")
+    max_iters: int = option(4000, "steps")
+    learning_rate: float = option(2e-3, "the highest, at the end of warmup")
     min_lr: float | None = option(None, "the lowest, in the last step (default: a tenth of it)")
     warmup_iters: int = option(20, "steps in which the learning rate rises", least=0)
     lr_decay_iters: int | None = option(None, "steps until min_lr (default: max_iters)", least=1)
@@ -78,7 +67,7 @@ class TrainConfig:
     grad_clip: float = option(1.0, "the highest norm of the gradient (0: no clipping)")
     # evaluation and output
     eval_interval: int = option(500, "steps between evaluations, each of which saves")
-    eval_iters: int = option(200, "batches in an evaluation, at most")
+    patience: int | None = option(None, "stop after so many evaluations without a better loss")
     log_interval: int = option(100, "steps between lines of output")
     # the machine
     device: str | None = option(None, "cpu, cuda, mps (default: the best there is)")
@@ -96,6 +85,23 @@ class TrainConfig:
                 raise ValueError(f"{f.name} must be {kinds[0].__name__}, not {value!r}")
             if type(value) in (int, float) and not least <= value < math.inf:
                 raise ValueError(f"{f.name} must be {least} or more, not {value}")
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    data: str = option("data", "folder written by prepare_data.py")
+    init_from: str = option("scratch", "scratch, resume, or a checkpoint whose weights to take")
+    eval_only: bool = option(False, "only print the validation loss")
+    eval_iters: int = option(200, "batches in an evaluation, at most")
+    # the model: see GPTConfig
+    n_layer: int = option(2, "transformer blocks", fixed=True)
+    n_head: int = option(4, "attention heads in a block", fixed=True)
+    n_embd: int = option(128, "width of the residual stream", fixed=True)
+    block_size: int = option(128, "context, tokens", fixed=True)
+    dropout: float = option(0.0, "on embeddings and residual branches", fixed=True)
+    attn_dropout: float = option(0.0, "on attention weights", fixed=True)
+    bias: bool = option(True, "biases in Linear and LayerNorm", fixed=True)
+    tie_weights: bool = option(False, "the output head shares the token embedding", fixed=True)
 
 
 def kinds_of(config_field):
@@ -261,12 +267,12 @@ def configure_optimizer(model, learning_rate, weight_decay, betas):
     (Yang et al. 2022, "Tensor Programs V"): both bear, and want, larger steps than the matrices
     between them. A tied head, which is both at once, does not.
     """
-    scales = {"transformer.wte.weight": 20, "lm_head.weight": 4}
-    tied = "lm_head.weight" not in dict(model.named_parameters())
+    scales = {"wte.weight": 20, "lm_head.weight": 4}
+    tied = not any(name.endswith("lm_head.weight") for name, _ in model.named_parameters())
     groups = {}  # (lr_scale, weight_decay): parameters
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scale = 1 if tied else scales.get(name, 1)
+            scale = 1 if tied else scales.get(".".join(name.split(".")[-2:]), 1)
             decay = weight_decay if parameter.dim() >= 2 else 0.0
             groups.setdefault((scale, decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -298,15 +304,20 @@ def learning_rate_at(step, config):
     return lowest + (highest - lowest) * (1 + math.cos(math.pi * done)) / 2
 
 
+def count_targets(tensors):
+    """How many terms a batch's mean loss has; the last of its tensors are the targets."""
+    return int((tensors[-1] != -100).sum())
+
+
 @torch.no_grad()
 def mean_loss(model, machine, batches):
     """Mean loss per target, in nats, with dropout off."""
     total = count = 0
     model.eval()
-    for idx, targets in batches:
+    for tensors in batches:
         with machine.autocast():
-            total += model(*machine.put(idx, targets)).item() * targets.numel()
-        count += targets.numel()
+            total += model(*machine.put(*tensors)).item() * count_targets(tensors)
+        count += count_targets(tensors)
     model.train()
     return total / count
 
@@ -355,27 +366,27 @@ def format_seconds(seconds):
 
 
 class Trainer:
-    """The loop that every kind of training shares.
+    """The loop that every kind of training shares. What differs is the task:
 
-    model(*tensors) is the loss; micro_batch(n) gives the tensors of the run's n-th micro-batch,
-    idx (B, T) first; evaluate() gives {"val_loss": ..., "val_bpb": ...}; extra goes into every
-    checkpoint; bits_per_byte is what one nat per token is in bits per byte. saved is the checkpoint
-    to resume from, whose weights the model has already.
+    task.model(*tensors)     the mean loss over targets
+    task.micro_batch(n)      the tensors of the run's n-th micro-batch: idx (B, T) ..., targets
+    task.evaluate()          {"val_loss": ..., and others named in task.columns}
+    task.best(), task.last() the contents of best.pt and, but for the run's state, of last.pt
+    task.bits_per_byte       what a nat of loss is in bits per byte, or None
+
+    saved is the checkpoint to resume from, whose weights the model has already.
     """
 
-    def __init__(
-        self, config, machine, model, micro_batch, evaluate, extra, bits_per_byte, saved=None
-    ):
-        self.config, self.machine, self.model, self.extra = config, machine, model, extra
-        self.micro_batch, self.evaluate = micro_batch, evaluate
-        self.bits_per_byte = bits_per_byte
+    def __init__(self, config, machine, task, saved=None):
+        self.config, self.machine, self.task, self.model = config, machine, task, task.model
         self.out_dir = pathlib.Path(config.out_dir)
         betas = (config.beta1, config.beta2)
         self.optimizer = configure_optimizer(
-            model, config.learning_rate, config.weight_decay, betas
+            self.model, config.learning_rate, config.weight_decay, betas
         )
-        self.forward = torch.compile(model) if machine.compile else model
-        self.state = {"step": 0, "tokens": 0, "seconds": 0.0, "best_val_loss": math.inf}
+        self.forward = torch.compile(self.model) if machine.compile else self.model
+        self.state = {"step": 0, "tokens": 0, "seconds": 0.0}
+        self.state |= {"best_val_loss": math.inf, "evaluations_since": 0}
         if saved:
             self.restore(saved)
         self.logged = dict(self.state)  # at the last line of output
@@ -405,9 +416,9 @@ class Trainer:
         config, state = self.config, self.state
         if state["step"] >= config.max_iters:
             print(f"{self.out_dir} is at step {state['step']} already; --max_iters=N goes further")
-        self.metrics = Metrics(self.out_dir / "metrics.csv", state["step"])
+        self.metrics = Metrics(self.out_dir / "metrics.csv", state["step"], self.task.columns)
         with stop_signals() as stop:
-            while state["step"] < config.max_iters and not stop:
+            while state["step"] < config.max_iters and not stop and not self.out_of_patience():
                 try:
                     self.take_step()
                 except torch.OutOfMemoryError as error:
@@ -416,7 +427,7 @@ class Trainer:
                         "--gradient_accumulation_steps, which trains the same"
                     ) from error
                 if state["step"] % config.eval_interval == 0 or state["step"] == config.max_iters:
-                    metrics = self.evaluate()
+                    metrics = self.task.evaluate()
                     self.log(**metrics)
                     self.save(metrics["val_loss"])
                 elif state["step"] % config.log_interval == 0:
@@ -426,6 +437,11 @@ class Trainer:
             print(f"stopped after step {state['step']}; --init_from=resume goes on from there")
             raise SystemExit(128 + stop[0])
 
+    def out_of_patience(self):
+        """Whether the validation loss has not fallen for config.patience evaluations."""
+        patience = self.config.patience
+        return patience is not None and self.state["evaluations_since"] >= patience
+
     def take_step(self):
         """One update of the weights. Raises ValueError, changing nothing, if loss or gradient is
         not finite."""
@@ -434,11 +450,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(state["step"], config) * group["lr_scale"]
         seed_dropout(self.machine.device, config.seed, state["step"])
-        loss = 0.0
-        for n in micro_batches_of(state["step"], config.gradient_accumulation_steps):
-            tensors = self.machine.put(*self.micro_batch(n))
-            with self.machine.autocast():
-                part = self.forward(*tensors) / config.gradient_accumulation_steps
+        numbers = micro_batches_of(state["step"], config.gradient_accumulation_steps)
+        batches = [self.task.micro_batch(n) for n in numbers]
+        targets, loss = sum(map(count_targets, batches)), 0.0
+        for tensors in batches:
+            with self.machine.autocast():  # each target of the step weighs the same
+                mean = self.forward(*self.machine.put(*tensors))
+                part = mean * (count_targets(tensors) / targets)
             scaler.scale(part).backward()
             loss += part.item()
             state["tokens"] += tensors[0].numel()
@@ -461,6 +479,7 @@ class Trainer:
     def log(self, **metrics):
         """A line of output and a row of metrics.csv, about the steps since the last one."""
         config, state, loss = self.config, self.state, sum(self.losses) / len(self.losses)
+        bits_per_byte = self.task.bits_per_byte
         seconds = state["seconds"] - self.logged["seconds"]
         tokens_per_s = (state["tokens"] - self.logged["tokens"]) / seconds
         self.metrics.add(
@@ -478,7 +497,7 @@ class Trainer:
         left = (config.max_iters - state["step"]) * seconds / len(self.losses)
         print(
             f"step {state['step']:5}/{config.max_iters}  loss {loss:.3f}",
-            f"{loss * self.bits_per_byte:.3f} bits/byte",
+            *([f"{loss * bits_per_byte:.3f} bits/byte"] if bits_per_byte else []),
             f"{tokens_per_s:,.0f} tokens/s",
             f"{format_seconds(left)} left",
             *(f"{name} {value:.4f}" for name, value in metrics.items()),
@@ -491,28 +510,27 @@ class Trainer:
         """best.pt where the validation loss has never been lower; always last.pt, with all that
         the next step depends on."""
         if val_loss < self.state["best_val_loss"]:
-            self.state["best_val_loss"] = val_loss
-            save_checkpoint(self.out_dir / "best.pt", self.model, state=self.state, **self.extra)
-        save_checkpoint(
-            self.out_dir / "last.pt",
-            self.model,
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.machine.scaler.state_dict(),
-            state=self.state,
-            train_config=asdict(self.config),
-            threads=torch.get_num_threads(),
-            **self.extra,
-        )
+            self.state |= {"best_val_loss": val_loss, "evaluations_since": 0}
+            save_checkpoint(self.out_dir / "best.pt", {**self.task.best(), "state": self.state})
+        else:
+            self.state["evaluations_since"] += val_loss < math.inf
+        run = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.machine.scaler.state_dict(),
+            "state": self.state,
+            "train_config": asdict(self.config),
+            "threads": torch.get_num_threads(),
+        }
+        save_checkpoint(self.out_dir / "last.pt", {**self.task.last(), **run})
 
 
 class Metrics:
     """out_dir/metrics.csv, row by row. When a run is resumed, rows after its step are dropped."""
 
-    COLUMNS = ("step", "tokens", "seconds", "lr", "train_loss", "val_loss", "val_bpb")
-    COLUMNS += ("grad_norm", "tokens_per_s")
-
-    def __init__(self, path, step):
-        lines = [",".join(self.COLUMNS)]
+    def __init__(self, path, step, evaluated):
+        self.columns = ["step", "tokens", "seconds", "lr", "train_loss", *evaluated]
+        self.columns += ["grad_norm", "tokens_per_s"]
+        lines = [",".join(self.columns)]
         if step and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 number = line.split(",")[0]
@@ -523,7 +541,7 @@ class Metrics:
 
     def add(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.COLUMNS, lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
 
 # --- pretraining ----------------------------------------------------------------------------------
@@ -565,21 +583,42 @@ def make_model(config, flags, meta, checkpoint):
     return model
 
 
-def training_windows(config, meta):
-    split = meta["splits"]["train"]
-    if split["tokens"] <= config.block_size:
-        raise ValueError(
-            f"{config.data}: {split['tokens']} tokens to train on do not fill one window of "
-            f"block_size + 1 = {config.block_size + 1}; use more text or a smaller --block_size"
-        )
-    return Windows(split["arrays"], config.block_size, meta["vocab_size"], config.seed)
+class Pretraining:
+    """The Trainer's task of predicting the next token of a data folder's text."""
 
+    columns = ("val_loss", "val_bpb")
 
-def evaluate(config, machine, model, split, vocab_size):
-    """Loss in nats per token and in bits per byte of text, on the same windows every time."""
-    windows = Windows(split["arrays"], min(config.block_size, split["tokens"] - 1), vocab_size)
-    loss = mean_loss(model, machine, windows.fixed_batches(config.batch_size, config.eval_iters))
-    return {"val_loss": loss, "val_bpb": loss * bits_per_byte(split)}
+    def __init__(self, config, machine, model, meta):
+        self.config, self.machine, self.model, self.meta = config, machine, model, meta
+        self.train_split, self.val_split = meta["splits"]["train"], meta["splits"]["val"]
+        self.bits_per_byte = bits_per_byte(self.train_split)
+        if self.train_split["tokens"] <= config.block_size:
+            raise ValueError(
+                f"{config.data}: {self.train_split['tokens']} tokens to train on do not fill one "
+                f"window of block_size + 1 = {config.block_size + 1}; use more text or a smaller "
+                "--block_size"
+            )
+        self.windows = self.windows_of(self.train_split, config.block_size, config.seed)
+
+    def windows_of(self, split, block_size, seed=0):
+        return Windows(split["arrays"], block_size, self.meta["vocab_size"], seed)
+
+    def micro_batch(self, n):
+        return self.windows.batch(n * self.config.batch_size, self.config.batch_size)
+
+    def evaluate(self):
+        """Loss in nats per token and in bits per byte of text, on the same windows every time."""
+        config, split = self.config, self.val_split
+        windows = self.windows_of(split, min(config.block_size, split["tokens"] - 1))
+        batches = windows.fixed_batches(config.batch_size, config.eval_iters)
+        loss = mean_loss(self.model, self.machine, batches)
+        return {"val_loss": loss, "val_bpb": loss * bits_per_byte(split)}
+
+    def best(self):
+        tokenizer, digest = self.meta["tokenizer"], self.meta["digest"]
+        return {**self.model.checkpoint(), "tokenizer": tokenizer, "data_digest": digest}
+
+    last = best
 
 
 def bits_per_byte(split):
@@ -604,25 +643,15 @@ def main(argv=None):
         raise ValueError(f"{config.data}: not the text that {out_dir} was trained on")
     model = make_model(config, flags, meta, checkpoint).to(machine.device).train()
     config = dataclasses.replace(config, **{n: getattr(model.config, n) for n in MODEL_FLAGS})
-    train_split, val_split = meta["splits"]["train"], meta["splits"]["val"]
-    windows = training_windows(config, meta)
-    trainer = Trainer(
-        config,
-        machine,
-        model,
-        micro_batch=lambda n: windows.batch(n * config.batch_size, config.batch_size),
-        evaluate=lambda: evaluate(config, machine, model, val_split, meta["vocab_size"]),
-        extra={"tokenizer": meta["tokenizer"], "data_digest": meta["digest"]},
-        bits_per_byte=bits_per_byte(train_split),
-        saved=resumed,
-    )
+    task = Pretraining(config, machine, model, meta)
     if config.eval_only:
-        print(*(f"{name} {value:.4f}" for name, value in trainer.evaluate().items()), sep="  ")
+        print(*(f"{name} {value:.4f}" for name, value in task.evaluate().items()), sep="  ")
         return
-    epochs = config.max_iters * config.batch_size * config.gradient_accumulation_steps
+    trainer = Trainer(config, machine, task, resumed)
+    windows = config.max_iters * config.batch_size * config.gradient_accumulation_steps
     print(
-        f"{model.num_params():,} parameters; {train_split['tokens']:,} tokens, seen "
-        f"{epochs / windows.per_epoch:.1f} times; on {machine}"
+        f"{model.num_params():,} parameters; {task.windows.tokens:,} tokens, seen "
+        f"{windows / task.windows.per_epoch:.1f} times; on {machine}"
     )
     with sole_owner(out_dir):
         if not resumed:

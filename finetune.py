@@ -1,0 +1,793 @@
+"""Teaches a trained GPT a task: to classify texts, to follow instructions.
+
+    python finetune.py --task=classify      # which package of the library is a docstring from?
+    python finetune.py --task=instruct      # "Explain os.path.join(path, *paths)." -> a sentence
+    python finetune.py --task=classify --data=spam.tsv --out_dir=out/spam --train=lora
+    python finetune.py --task=classify --init_from=out/spam --predict="WINNER!! You have won"
+    python finetune.py --task=instruct --init_from=gpt2 --data=instructions.json
+    python finetune.py --task=choice --data=hellaswag.jsonl   # only measures
+
+The loop is train.py's. A task adds its examples, the batches it makes of them, the loss and what is
+measured. Without --data, a task takes the examples that prepare_data.py makes of Python's manual.
+best.pt is a whole model, like any other; last.pt has only what was trained and the base's name.
+"""
+
+import collections
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import pathlib
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpt import GPT, load_checkpoint
+from prepare_data import (
+    END_OF_TEXT,
+    build_tokenizer,
+    chat_parts,
+    clean,
+    decode,
+    default_template,
+    parse_json,
+    replace_text,
+    script,
+    sole_owner,
+    tokenizer_of,
+)
+from train import (
+    Machine,
+    RunConfig,
+    Trainer,
+    load_data,
+    mean_loss,
+    merge_flags,
+    option,
+    parse_flags,
+    set_aside,
+)
+
+# --- what can be set ------------------------------------------------------------------------------
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    task: str = option("instruct", "classify, instruct, choice", fixed=True)
+    init_from: str = option("out", "the model to begin with: a run's folder, gpt2, ...; or resume")
+    out_dir: str | None = option(None, "folder to write (default: out/TASK)")
+    data: str | None = option(None, "examples: .jsonl, .json, .csv, .tsv (default: the manual's)")
+    val: str | None = option(None, "examples for validation (default: some of data)")
+    test: str | None = option(None, "examples for the final test (default: some of data)")
+    train: str = option("all", "weights to train: all, last_block, head, lora", fixed=True)
+    lora_rank: int = option(8, "rank of the matrices that LoRA adds", fixed=True)
+    lora_alpha: float = option(16.0, "LoRA's part is scaled by alpha / rank", fixed=True)
+    lora_dropout: float = option(0.0, "on what LoRA's part reads", fixed=True)
+    block_size: int | None = option(None, "another context; new positions are trained", fixed=True)
+    dropout: float = option(0.0, "on embeddings and residual branches", fixed=True)
+    # where None stands, see the task
+    batch_size: int | None = option(None, "examples in a micro-batch", fixed=True)
+    learning_rate: float | None = option(None, "the highest, at the end of warmup")
+    epochs: float | None = option(None, "passes through the examples", fixed=True)
+    max_iters: int | None = option(None, "steps (default: as many as epochs take)", least=1)
+    eval_interval: int | None = option(None, "steps between evaluations (default: an epoch's)")
+    log_interval: int = option(50, "steps between lines of output")
+    eval_only: bool = option(False, "measure, without training")
+    # classify
+    text_field: str = option("text", "column with the text", fixed=True)
+    label_field: str = option("label", "column with the label", fixed=True)
+    balance: bool = option(False, "drop examples until all labels are as frequent", fixed=True)
+    predict: str | None = option(None, "a text to classify, without training")
+    # instruct
+    template: str | None = option(None, "roles or alpaca (default: by the vocabulary)", fixed=True)
+    loss_on_prompt: bool = option(False, "learn the prompts, too", fixed=True)
+    max_new_tokens: int = option(128, "the longest answer when answers are measured")
+
+    def __post_init__(self):
+        for name, allowed in [
+            ("task", list(TASKS)),
+            ("train", ["all", "last_block", "head", "lora"]),
+            ("template", ["roles", "alpaca", None]),
+        ]:
+            if getattr(self, name) not in allowed:
+                known = ", ".join(filter(None, allowed))
+                raise ValueError(f"--{name}={getattr(self, name)}: unknown; there are {known}")
+        for name, value in {**TASKS[self.task].defaults, "out_dir": f"out/{self.task}"}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()
+
+
+# --- which weights to train -----------------------------------------------------------------------
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + (alpha / rank) B A x, where W stays as it is and A and B, both small, are trained.
+
+    Hu et al. 2021, "LoRA", section 4.1. B begins as 0, so nothing is changed at first. Takes the
+    place of a linear layer, whose parameters it goes on using.
+    """
+
+    def __init__(self, linear, rank, alpha, dropout=0.0):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale, self.dropout = alpha / rank, dropout
+
+    def forward(self, x):
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (B, T, rank)
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B)
+
+    def merged(self):
+        """The one matrix that does the same."""
+        return self.weight + self.scale * self.lora_B @ self.lora_A
+
+
+def add_lora(gpt, rank, alpha, dropout):
+    """Gives each projection of attention and MLP its pair of small matrices."""
+    for block in gpt.transformer.h:
+        for part in (block.attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, LoRALinear(linear, rank, alpha, dropout))
+
+
+def merged_weights(gpt):
+    """The state_dict of the same model without LoRA."""
+    weights = {name: w for name, w in gpt.state_dict().items() if "lora_" not in name}
+    for name, module in gpt.named_modules():
+        if isinstance(module, LoRALinear):
+            weights[f"{name}.weight"] = module.merged().detach()
+    return weights
+
+
+def freeze(model, gpt, train):
+    """Leaves trainable what --train names: of gpt, and all of the head that model may have."""
+    has_head = model is not gpt
+    if train == "head" and not has_head:
+        raise ValueError("--train=head: this task has no head of its own; there is last_block")
+    gpt.requires_grad_(train == "all")
+    if train == "last_block":
+        gpt.transformer.h[-1].requires_grad_(True)
+        gpt.transformer.ln_f.requires_grad_(True)
+    for name, parameter in gpt.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    if has_head and not gpt.config.tie_weights:  # then it is of no use here
+        gpt.lm_head.requires_grad_(False)
+
+
+# --- reading examples -----------------------------------------------------------------------------
+
+
+def read_rows(path, columns=()):
+    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}.
+
+    A .tsv file of two columns that does not begin with their names has columns, in this order.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".jsonl":
+        lines = path.read_bytes().split(b"\n")
+        rows = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+        rows = ((where, parse_json(line, where)) for where, line in rows)
+    elif path.suffix == ".json":
+        rows = parse_json(path.read_bytes(), path)
+        rows = rows if isinstance(rows, list) else [rows]
+        rows = ((f"{path}, item {n}", row) for n, row in enumerate(rows, 1))
+    elif path.suffix in (".csv", ".tsv"):
+        rows = read_table(path, columns)
+    else:
+        raise ValueError(f"{path}: give a .jsonl, .json, .csv or .tsv file")
+    for where, row in rows:
+        match row:
+            case dict():
+                yield where, row
+            case _:
+                raise ValueError(f"{where}: not an object with columns")
+
+
+def read_table(path, columns):
+    text = decode(path.read_bytes(), path).removeprefix("\ufeff")
+    if path.suffix == ".tsv":  # in which quotes are plain characters
+        table = csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        table = csv.reader(io.StringIO(text), strict=True)
+    try:
+        rows = [(f"{path}, line {table.line_num}", row) for row in table if row]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {table.line_num}: {error}") from error
+    names = rows[0][1] if rows else []
+    if path.suffix == ".tsv" and len(names) == 2 and set(names) != set(columns):
+        names = columns
+    else:
+        del rows[:1]
+    for where, row in rows:
+        if len(row) != len(names):
+            raise ValueError(f"{where}: {len(row)} columns, but {len(names)} names")
+        yield where, dict(zip(names, row))
+
+
+def text_of(row, names, where):
+    """The text in the first of these columns that the row has, cleaned."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise ValueError(f"{where}: no column {' or '.join(names)} (found: {', '.join(row)})")
+    if isinstance(row[name], (str, int)):
+        return clean(str(row[name]))
+    raise ValueError(f"{where}: {name} is not text")
+
+
+def messages_of(row, where):
+    """A conversation [{"role", "content"}] from "messages", or from "instruction" and "input"."""
+    if "messages" not in row:
+        text = text_of(row, ["instruction", "prompt"], where)
+        context = text_of(row, ["input"], where) if row.get("input") else ""
+        text += f"\n\n### Input:\n{context}" if context else ""
+        messages = [{"role": "user", "content": text}]
+        return messages + (
+            [{"role": "assistant", "content": text_of(row, ["output"], where)}]
+            if "output" in row
+            else []
+        )
+    messages = row["messages"]
+    for message in messages if isinstance(messages, list) else [None]:
+        match message:
+            case {"role": "system" | "user" | "assistant", "content": str()}:
+                continue
+        raise ValueError(f"{where}: messages need a role (system, user, assistant) and a content")
+    return messages
+
+
+def place(key):
+    """A number from 0 to 1 that depends on the key alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def split_examples(files, fractions):
+    """Examples by split. A split without a file of its own gets this fraction of train, the
+    examples with the lowest "position", from 0 to 1."""
+    splits, start = {"train": files["train"], "val": [], "test": [], **files}, 0.0
+    for name, fraction in fractions.items():
+        if name not in files:
+            end = start + fraction
+            splits[name] = [e for e in files["train"] if start <= e["position"] < end]
+            start = end
+    splits["train"] = [e for e in files["train"] if e["position"] >= start]
+    return splits
+
+
+# --- examples to batches --------------------------------------------------------------------------
+
+
+def to_row(parts, block_size, loss_on_prompt=False):
+    """[(tokens, is_answer), ...] -> idx, targets: lists of one length, at most block_size.
+
+    Targets are the answers' tokens; the others are -100. Where all is too long, the beginning goes,
+    up to the last answer, and only then the end of that answer.
+    """
+    tokens = [token for part, _ in parts for token in part]
+    learned = [is_answer or loss_on_prompt for part, is_answer in parts for _ in part]
+    last_answer = len(tokens) - len(parts[-1][0])
+    start = max(0, min(len(tokens) - 1 - block_size, last_answer - 1))
+    tokens, learned = (items[start : start + block_size + 1] for items in (tokens, learned))
+    targets = [token if learn else -100 for token, learn in zip(tokens[1:], learned[1:])]
+    return tokens[:-1], targets
+
+
+def pad(rows, fill):
+    """Lists of numbers -> (B, T), filled up at the end, which causal attention never sees."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+
+
+class Shuffled:
+    """An endless, reproducible sequence of batches of examples, those in a batch of like length.
+
+    Every epoch shuffles anew. The n-th batch depends on seed and n alone, as in train.Windows.
+    """
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
+        self.per_epoch = math.ceil(len(lengths) / batch_size)
+        self.shuffle(0)
+
+    def shuffle(self, epoch):
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.lengths))
+        chunks = np.split(order, range(32 * self.batch_size, len(order), 32 * self.batch_size))
+        order = np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
+        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        self.epoch, self.batches = epoch, [batches[i] for i in rng.permutation(len(batches))]
+
+    def batch(self, n):
+        """The numbers of the examples in batch n."""
+        epoch, i = divmod(n, self.per_epoch)
+        if epoch != self.epoch:
+            self.shuffle(epoch)
+        return self.batches[i]
+
+    def padding(self):
+        """The share of padding in this epoch's batches."""
+        padded = sum(len(batch) * self.lengths[batch].max() for batch in self.batches)
+        return 1 - self.lengths.sum() / padded
+
+
+# --- what the tasks have in common ----------------------------------------------------------------
+
+
+class Task:
+    """What train.Trainer asks of a task, as far as all of them here answer alike.
+
+    Each adds defaults, of the config; parse, a row of a file to an example, whose "position"
+    decides on its split; encode, an example to lists of numbers, of which the first is idx;
+    collate, such lists to tensors; and report, on the model at the end.
+    """
+
+    columns, bits_per_byte, header = ("val_loss",), None, ()
+    fractions: ClassVar = {"val": 0.1}  # of the examples, where no files are given
+    file = "instruct.jsonl"  # in the default data folder
+
+    def __init__(self, config, machine, checkpoint, path):
+        self.config, self.machine = config, machine
+        self.spec = tokenizer_of(checkpoint, path)
+        self.tokenizer = build_tokenizer(self.spec)
+        self.end = self.tokenizer.encode_single_token(END_OF_TEXT)
+        self.gpt = self.model = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
+        if self.gpt.config.vocab_size < self.tokenizer.n_vocab:
+            raise ValueError(f"{path}: {self.tokenizer.n_vocab} tokens, but the model knows fewer")
+        self.block_size = config.block_size or self.gpt.config.block_size
+        self.cut = 0  # examples too long for it
+        self.load()
+
+    def load(self):
+        """Reads the examples and makes numbers of them."""
+        config = self.config
+        if config.data is None:
+            load_data("data")
+            if not pathlib.Path("data", self.file).exists():
+                raise ValueError("data/ is of your own text: give the examples, --data=FILE")
+        files = {
+            "train": config.data or f"data/{self.file}",
+            "val": config.val,
+            "test": config.test,
+        }
+        files = {
+            split: [self.parse(row, where) for where, row in read_rows(path, self.header)]
+            for split, path in files.items()
+            if path
+        }
+        self.examples = self.split(files)
+        self.encoded = {
+            split: list(map(self.encode, some)) for split, some in self.examples.items()
+        }
+        counts = {split: len(some) for split, some in self.examples.items()}
+        if not counts["val"] or not (counts["train"] or config.eval_only):
+            raise ValueError(f"{config.data or self.file}: too few examples {counts}")
+        print(f"examples: {counts}; {self.cut} of them were cut to {self.block_size} tokens")
+
+    def split(self, files):
+        return split_examples(files, self.fractions)
+
+    def prepare(self):
+        """Decides what is trained, in which batches, and in how many steps."""
+        config, gpt = self.config, self.gpt
+        grown = self.block_size > gpt.config.block_size
+        gpt.resize_positions(self.block_size)
+        if config.train == "lora":
+            add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        freeze(self.model, gpt, config.train)
+        if grown:
+            gpt.transformer.wpe.requires_grad_(True)
+        lengths = [len(lists[0]) for lists in self.encoded["train"]]
+        self.shuffled = Shuffled(lengths, config.batch_size, config.seed)
+        per_epoch = math.ceil(self.shuffled.per_epoch / config.gradient_accumulation_steps)
+        config.eval_interval = config.eval_interval or per_epoch
+        config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        trained = sum(parameter.numel() for parameter in self.trained().values())
+        print(
+            f"training {trained:,} of {total:,} parameters ({trained / total:.1%}), padding is "
+            f"{self.shuffled.padding():.1%} of a batch, on {self.machine}"
+        )
+
+    def micro_batch(self, n):
+        return self.collate([self.encoded["train"][i] for i in self.shuffled.batch(n)])
+
+    def batches(self, split):
+        """All of a split in batches, in order."""
+        lists, size = self.encoded[split], 2 * self.config.batch_size
+        return (self.collate(lists[i : i + size]) for i in range(0, len(lists), size))
+
+    def evaluate(self):
+        return {"val_loss": mean_loss(self.model, self.machine, self.batches("val"))}
+
+    def trained(self):
+        """The parameters that are trained, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def best(self):
+        whole = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
+        return {**whole, "tokenizer": self.spec, "task": self.config.task}
+
+    def last(self):
+        weights = {name: parameter.detach() for name, parameter in self.trained().items()}
+        config, digest = asdict(self.gpt.config), self.digest()
+        return {"config": config, "model": weights, "base": self.base, "data_digest": digest}
+
+    def digest(self):
+        """Stands for the examples: a resumed run must have the same."""
+        return hashlib.sha256(repr(self.encoded).encode()).hexdigest()
+
+    def resume(self, saved, path):
+        """Takes the weights of an interrupted run."""
+        if saved.get("data_digest") != self.digest():
+            raise ValueError(f"{path}: the examples are not those of that run")
+        shapes = {name: parameter.shape for name, parameter in self.trained().items()}
+        if {name: tensor.shape for name, tensor in saved["model"].items()} != shapes:
+            raise ValueError(f"{path}: damaged, its weights are not those that the run trains")
+        self.model.load_state_dict(saved["model"], strict=False)
+
+    def take(self, best):
+        """Takes the weights of this run's best.pt."""
+        self.gpt.load_state_dict(best["model"], strict=False)
+        for name, parameter in self.gpt.named_parameters():
+            if name.endswith("lora_B"):  # it is in the weights already
+                nn.init.zeros_(parameter)
+        if self.model is not self.gpt:
+            self.model.head.load_state_dict(best["head"])
+
+
+class WithHead(nn.Module):
+    """GPT with a linear layer of its own in place of the language-modelling head.
+
+    It reads the last token of each text, the only one that has seen all of it.
+    """
+
+    def __init__(self, gpt, outputs):
+        super().__init__()
+        self.gpt, self.head = gpt, nn.Linear(gpt.config.n_embd, outputs)
+
+    def scores(self, idx, last):
+        """idx (B, T) and where each text's last token is, (B,) -> (B, outputs)."""
+        x = self.gpt.hidden(idx)  # (B, T, n_embd)
+        return self.head(x[torch.arange(len(idx), device=idx.device), last])
+
+
+def token_log_probs(gpt, idx, targets):
+    """log p of each target, (B, T), and 0 where there is none (-100). Sum a row for an answer's."""
+    learned = targets != -100
+    logits = gpt.lm_head(gpt.hidden(idx)[learned])  # (N, vocab_size)
+    log_probs = -F.cross_entropy(logits, targets[learned], reduction="none")
+    return torch.zeros(targets.shape, device=idx.device).masked_scatter(learned, log_probs.float())
+
+
+# --- classification -------------------------------------------------------------------------------
+
+
+class Classifier(WithHead):
+    def forward(self, idx, last, labels):
+        return F.cross_entropy(self.scores(idx, last), labels)
+
+
+class Classify(Task):
+    """Texts to labels. Its best.pt has the "labels" and their "head", too."""
+
+    defaults: ClassVar = {"batch_size": 8, "learning_rate": 1e-3, "epochs": 5.0}
+    columns = ("val_loss", "val_accuracy")
+    fractions: ClassVar = {"val": 0.1, "test": 0.2}
+    file = "classify.jsonl"
+
+    def __init__(self, config, machine, checkpoint, path):
+        self.header = (config.label_field, config.text_field)
+        self.labels = checkpoint.get("labels")
+        is_ready = config.predict is not None or config.eval_only
+        if is_ready and checkpoint.get("task") != "classify":
+            raise ValueError(f"{path}: not a classifier; --task=classify trains one")
+        super().__init__(config, machine, checkpoint, path)
+        self.model = Classifier(self.gpt, len(self.labels))
+        if is_ready:
+            self.model.head.load_state_dict(checkpoint["head"])
+
+    def load(self):
+        if self.config.predict is None:
+            super().load()
+
+    def parse(self, row, where):
+        text = text_of(row, [self.config.text_field], where)
+        label = text_of(row, [self.config.label_field], where)
+        if not text or not label:
+            raise ValueError(f"{where}: the {'label' if text else 'text'} is empty")
+        return {"text": text, "label": label, "group": str(row.get("group", text)), "where": where}
+
+    def split(self, files):
+        """Drops doubles, and divides each label's examples in the same proportions."""
+        config, count = self.config, sum(map(len, files.values()))
+        files = drop_doubles(files)
+        print(f"dropped {count - sum(map(len, files.values())):,} examples of a text seen before")
+        by_label = collections.defaultdict(list)
+        for example in files["train"]:
+            by_label[example["label"]].append(example)
+        fewest = min(map(len, by_label.values()), default=0)
+        for label, examples in by_label.items():
+            examples.sort(key=lambda e: place(f"{config.seed} {e['text']}"))
+            by_label[label] = examples[: fewest if config.balance else None]
+            set_positions(by_label[label], config.seed)
+        splits = split_examples({**files, "train": list(chain(*by_label.values()))}, self.fractions)
+        if self.labels is None or not config.eval_only:
+            self.labels = sorted({example["label"] for example in splits["train"]})
+        for example in chain(*splits.values()):
+            if example["label"] not in self.labels:
+                raise ValueError(f"{example['where']}: training has no label {example['label']!r}")
+        if len(self.labels) < 2:
+            raise ValueError(f"nothing to tell apart: the only label is {self.labels}")
+        return splits
+
+    def encode(self, example):
+        tokens = self.tokenizer.encode_ordinary(example["text"])
+        self.cut += len(tokens) > self.block_size
+        return tokens[: self.block_size], self.labels.index(example["label"])
+
+    def collate(self, encoded):
+        """[(tokens, label)] -> idx (B, T), where the last token is (B,), labels (B,)."""
+        rows, labels = zip(*encoded)
+        return pad(rows, self.end), torch.tensor([len(r) - 1 for r in rows]), torch.tensor(labels)
+
+    @torch.no_grad()
+    def probabilities(self, split):
+        """(N, classes) of the examples of a split, in order."""
+        self.model.eval()
+        found = []
+        for idx, last, _ in self.batches(split):
+            with self.machine.autocast():
+                found.append(self.model.scores(*self.machine.put(idx, last)).float().softmax(-1))
+        self.model.train()
+        return torch.cat(found).cpu()
+
+    def evaluate(self):
+        probs, labels = self.probabilities("val"), torch.tensor(
+            [e[-1] for e in self.encoded["val"]]
+        )
+        accuracy = (probs.argmax(-1) == labels).float().mean().item()
+        return {"val_loss": F.nll_loss(probs.log(), labels).item(), "val_accuracy": accuracy}
+
+    def best(self):
+        return {**super().best(), "labels": self.labels, "head": self.model.head.state_dict()}
+
+    def report(self, folder):
+        """Prints accuracy, macro F1 and confusion of each split; writes predictions.csv."""
+        for split, encoded in self.encoded.items():
+            if encoded:
+                probs, labels = self.probabilities(split), torch.tensor([e[-1] for e in encoded])
+                confusion = confusion_matrix(probs.argmax(-1), labels, len(self.labels))
+                right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
+                print(
+                    f"{split:5}  accuracy {right.sum() / len(labels):.4f}  "
+                    f"macro F1 {(2 * right / sums.clamp(min=1)).mean():.4f}"
+                )
+                last = split, probs, confusion
+        split, probs, confusion = last
+        width = max(map(len, self.labels))
+        print(f"{split}: rows are labels, columns predictions, in the same order")
+        for label, row in zip(self.labels, confusion.tolist()):
+            print(f"{label:{width}}", *(f"{n:5}" for n in row))
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["text", "label", "predicted", "probability"])
+        for example, row in zip(self.examples[split], probs):
+            probability, i = row.max(0)
+            predicted = self.labels[i], f"{probability:.4f}"
+            table.writerow([example["text"], example["label"], *predicted])
+        if folder:
+            replace_text(folder / "predictions.csv", text.getvalue())
+
+    def predict(self, text):
+        tokens = self.tokenizer.encode_ordinary(clean(text))[: self.block_size]
+        if not tokens:
+            raise ValueError("--predict: the text is empty")
+        idx, last = self.machine.put(torch.tensor([tokens]), torch.tensor([len(tokens) - 1]))
+        with torch.no_grad():
+            probability, i = self.model.eval().scores(idx, last)[0].softmax(-1).max(0)
+        print(f"{self.labels[i]}  {probability:.4f}")
+
+
+def drop_doubles(files):
+    """Of examples with the same text the first stays; what is tested is not trained."""
+    seen, kept = set(), {}
+    for split in [name for name in ("test", "val", "train") if name in files]:
+        kept[split] = []
+        for example in files[split]:
+            if example["text"] not in seen:
+                kept[split].append(example)
+                seen.add(example["text"])
+    return kept
+
+
+def set_positions(examples, seed):
+    """Gives each a "position" from 0 to 1: evenly spread, in random order, one for a group."""
+    groups, before = collections.defaultdict(list), 0
+    for example in examples:
+        groups[example["group"]].append(example)
+    for group in sorted(groups, key=lambda group: place(f"{seed} {group}")):
+        for example in groups[group]:
+            example["position"] = (before + len(groups[group]) / 2) / len(examples)
+        before += len(groups[group])
+
+
+def confusion_matrix(predicted, labels, n):
+    """(n, n): how many examples of each label, by row, were predicted to have which, by column."""
+    return torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
+
+
+# --- following instructions -----------------------------------------------------------------------
+
+
+class Instruct(Task):
+    """Prompts to answers: the next-token loss, on the answers' tokens alone."""
+
+    defaults: ClassVar = {"batch_size": 8, "learning_rate": 1e-3, "epochs": 3.0}
+    columns = ("val_loss", "val_perplexity")
+
+    def parse(self, row, where):
+        messages = messages_of(row, where)
+        if not any(m["role"] == "assistant" and clean(m["content"]) for m in messages):
+            raise ValueError(f"{where}: there is no answer to learn")
+        while messages[-1]["role"] != "assistant":  # nothing is learned from what comes after
+            messages = messages[:-1]
+        prompts = "\n".join(m["content"] for m in messages[:-1])
+        return {"messages": messages, "position": place(str(row.get("group", prompts)))}
+
+    def encode(self, example):
+        parts = self.parts(example["messages"])
+        self.cut += sum(len(part) for part, _ in parts) > self.block_size + 1
+        return to_row(parts, self.block_size, self.config.loss_on_prompt)
+
+    def parts(self, messages):
+        template = self.config.template or default_template(self.tokenizer)
+        return chat_parts(messages, self.tokenizer, template)
+
+    def collate(self, encoded):
+        """[(idx, targets)] -> (B, T), (B, T)."""
+        rows, targets = zip(*encoded)
+        return pad(rows, self.end), pad(targets, -100)
+
+    def evaluate(self):
+        loss = mean_loss(self.model, self.machine, self.batches("val"))
+        return {"val_loss": loss, "val_perplexity": math.exp(loss)}
+
+    def report(self, folder):
+        """Lets the model answer held-out prompts; writes responses.jsonl."""
+        lines, stopped = [], 0
+        for example in self.examples["val"][:MEASURED_ANSWERS]:
+            *conversation, expected = example["messages"]
+            prompt = [t for part, _ in self.parts(example["messages"])[:-1] for t in part]
+            answer, ended = self.answer(prompt)
+            stopped += ended
+            lines.append(
+                {"messages": conversation, "answer": answer, "expected": expected["content"]}
+            )
+        for line in lines[:3]:
+            print(f"\n{line['messages'][-1]['content']}\n-> {line['answer']}")
+        print(f"\n{stopped / len(lines):.1%} of {len(lines)} answers stop by themselves")
+        if folder:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            replace_text(folder / "responses.jsonl", text)
+
+    def answer(self, prompt):
+        """The likeliest continuation of tokens -> (text, whether it ended by itself)."""
+        idx = self.machine.put(torch.tensor([prompt]))[0]
+        steps = self.gpt.eval().generate(idx, self.config.max_new_tokens, 0, stop_token=self.end)
+        tokens = [int(token) for token in steps]
+        ended = tokens[-1] == self.end
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens), ended
+
+
+# --- multiple choice ------------------------------------------------------------------------------
+
+
+class Choice(Task):
+    """Which ending of a text is the likeliest? In the format of HellaSwag (Zellers et al. 2019)."""
+
+    def parse(self, row, where):
+        match row:
+            case {"ctx": str(text), "endings": [_, _, *_] as endings, "label": label} if all(
+                isinstance(ending, str) and ending for ending in endings
+            ) and str(label) in map(str, range(len(endings))):
+                return {"text": text, "endings": endings, "label": int(label)}
+        raise ValueError(f"{where}: give ctx, endings (two texts at least) and label (0, 1, ...)")
+
+    def split(self, files):
+        return {"train": [], "val": files["train"], "test": []}
+
+    def encode(self, example):
+        """[(idx, targets)] of the endings."""
+        start = [self.end, *self.tokenizer.encode_ordinary(example["text"].rstrip())]
+        endings = [self.tokenizer.encode_ordinary(" " + e.strip()) for e in example["endings"]]
+        self.cut += max(map(len, endings)) + len(start) > self.block_size + 1
+        return [to_row([(start, False), (end, True)], self.block_size) for end in endings]
+
+    def evaluate(self):
+        return {}
+
+    @torch.no_grad()
+    def report(self, folder):
+        """Prints how often the right ending has the highest log-probability, as a sum and per byte
+        (as the Language Model Evaluation Harness has them, acc and acc_norm)."""
+        by_sum = by_byte = 0
+        for example, encoded in zip(self.examples["val"], self.encoded["val"]):
+            rows, targets = zip(*encoded)
+            idx, targets = self.machine.put(pad(rows, self.end), pad(targets, -100))
+            sums = token_log_probs(self.gpt.eval(), idx, targets).sum(1).cpu()
+            lengths = torch.tensor([len(e.strip().encode()) + 1 for e in example["endings"]])
+            by_sum += int(sums.argmax()) == example["label"]
+            by_byte += int((sums / lengths).argmax()) == example["label"]
+        for name, right in {"summed": by_sum, "per byte": by_byte}.items():
+            share = right / len(self.examples["val"])
+            error = math.sqrt(share * (1 - share) / len(self.examples["val"]))
+            print(f"accuracy by log-probability {name}: {share:.4f} ± {error:.4f}")
+
+
+# --- the whole way --------------------------------------------------------------------------------
+
+TASKS = {"classify": Classify, "instruct": Instruct, "choice": Choice}
+MEASURED_ANSWERS = 100
+
+
+def weights_digest(checkpoint):
+    """Stands for the weights of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint["model"].items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+@script
+def main(argv=None):
+    flags = parse_flags(FinetuneConfig, __doc__, argv)
+    config, saved = FinetuneConfig(**flags), None
+    out_dir, path = pathlib.Path(config.out_dir), config.init_from
+    if path == "resume":
+        saved = load_checkpoint(out_dir / "last.pt")
+        config = merge_flags(FinetuneConfig, saved, flags, out_dir / "last.pt")
+        config = dataclasses.replace(config, out_dir=str(out_dir))  # it may have been moved
+        path = saved["base"]["path"]
+    machine, start = Machine(config), load_checkpoint(path)
+    path = str(pathlib.Path(path).resolve()) if pathlib.Path(path).exists() else path
+    base = {"path": path, "digest": weights_digest(start)}
+    if saved and saved["base"] != base:
+        raise ValueError(f"{path}: not the model any more that {out_dir}/last.pt was begun with")
+    torch.manual_seed(config.seed)
+    task = TASKS[config.task](config, machine, start, path)
+    task.model.to(machine.device)
+    if config.predict is not None:
+        task.predict(config.predict)
+        return
+    if config.eval_only or config.task == "choice":
+        print(*(f"{name} {value:.4f}" for name, value in task.evaluate().items()), sep="  ")
+        task.report(None)
+        return
+    task.base = base
+    task.prepare()
+    if saved:
+        task.resume(saved, out_dir / "last.pt")
+    task.model.to(machine.device).train()
+    trainer = Trainer(config, machine, task, saved)
+    with sole_owner(out_dir):
+        if not saved:
+            set_aside(out_dir)
+            print("before:", *(f"{k} {v:.4f}" for k, v in task.evaluate().items()), sep="  ")
+        trainer.run()
+        task.take(load_checkpoint(out_dir / "best.pt"))
+        task.report(out_dir)
+
+
+if __name__ == "__main__":
+    main()
