@@ -99,9 +99,13 @@ class FinetuneConfig(RunConfig):
             if getattr(self, name) not in allowed:
                 known = ", ".join(filter(None, allowed))
                 raise ValueError(f"--{name}={getattr(self, name)}: unknown; there are {known}")
-        for name, value in {**TASKS[self.task].defaults, "out_dir": f"out/{self.task}"}.items():
+        task = TASKS[self.task]
+        if self.train == "head" and not task.has_head:
+            raise ValueError("--train=head: this task has no head of its own; there is last_block")
+        for name, value in {**task.defaults, "out_dir": f"out/{self.task}"}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.eval_only |= self.task == "choice"
         super().__post_init__()
 
 
@@ -151,9 +155,6 @@ def merged_weights(gpt):
 
 def freeze(model, gpt, train):
     """Leaves trainable what --train names: of gpt, and all of the head that model may have."""
-    has_head = model is not gpt
-    if train == "head" and not has_head:
-        raise ValueError("--train=head: this task has no head of its own; there is last_block")
     gpt.requires_grad_(train == "all")
     if train == "last_block":
         gpt.transformer.h[-1].requires_grad_(True)
@@ -161,7 +162,7 @@ def freeze(model, gpt, train):
     for name, parameter in gpt.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(True)
-    if has_head and not gpt.config.tie_weights:  # then it is of no use here
+    if model is not gpt and not gpt.config.tie_weights:  # then it is of no use here
         gpt.lm_head.requires_grad_(False)
 
 
@@ -331,7 +332,8 @@ class Task:
     collate, such lists to tensors; and report, on the model at the end.
     """
 
-    columns, bits_per_byte, header = ("val_loss",), None, ()
+    columns, bits_per_byte, header, has_head = ("val_loss",), None, (), False
+    defaults: ClassVar = {}
     fractions: ClassVar = {"val": 0.1}  # of the examples, where no files are given
     file = "instruct.jsonl"  # in the default data folder
 
@@ -344,6 +346,7 @@ class Task:
         if self.gpt.config.vocab_size < self.tokenizer.n_vocab:
             raise ValueError(f"{path}: {self.tokenizer.n_vocab} tokens, but the model knows fewer")
         self.block_size = config.block_size or self.gpt.config.block_size
+        self.template = config.template or default_template(self.tokenizer)
         self.cut = 0  # examples too long for it
         self.load()
 
@@ -481,7 +484,7 @@ class Classify(Task):
     """Texts to labels. Its best.pt has the "labels" and their "head", too."""
 
     defaults: ClassVar = {"batch_size": 8, "learning_rate": 1e-3, "epochs": 5.0}
-    columns = ("val_loss", "val_accuracy")
+    columns, has_head = ("val_loss", "val_accuracy"), True
     fractions: ClassVar = {"val": 0.1, "test": 0.2}
     file = "classify.jsonl"
 
@@ -650,8 +653,10 @@ class Instruct(Task):
         return to_row(parts, self.block_size, self.config.loss_on_prompt)
 
     def parts(self, messages):
-        template = self.config.template or default_template(self.tokenizer)
-        return chat_parts(messages, self.tokenizer, template)
+        return chat_parts(messages, self.tokenizer, self.template)
+
+    def best(self):
+        return {**super().best(), "template": self.template}
 
     def collate(self, encoded):
         """[(idx, targets)] -> (B, T), (B, T)."""
@@ -770,7 +775,7 @@ def main(argv=None):
     if config.predict is not None:
         task.predict(config.predict)
         return
-    if config.eval_only or config.task == "choice":
+    if config.eval_only:
         print(*(f"{name} {value:.4f}" for name, value in task.evaluate().items()), sep="  ")
         task.report(None)
         return

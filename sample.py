@@ -4,10 +4,12 @@ python sample.py                                            # from out/, a new d
 python sample.py --init_from=out/book --start="It was a"    # goes on from there
 python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.7 --top_p=0.9
 python sample.py --init_from=gpt2 --start="It was a"        # OpenAI's GPT-2
+python sample.py --init_from=out/instruct --chat            # a conversation
 python sample.py --init_from=out --save_pretrained=mine     # for transformers and its kin
 """
 
 import codecs
+import contextlib
 import pathlib
 import sys
 import time
@@ -19,7 +21,9 @@ from prepare_data import (
     END_OF_TEXT,
     ArgumentParser,
     build_tokenizer,
+    chat_parts,
     count,
+    default_template,
     save_tokenizer,
     script,
     tokenizer_of,
@@ -57,19 +61,19 @@ class TextDecoder:
 
 
 def load_model(path, device):
-    """A checkpoint -> (model, tokenizer, its spec). The vocabulary is cropped to the tokenizer's."""
+    """-> (model, its vocabulary cropped to the tokenizer's; tokenizer; checkpoint with its spec)."""
     checkpoint = load_checkpoint(path)
     try:
         model = GPT.from_checkpoint(checkpoint)
-        spec = tokenizer_of(checkpoint, path)
-        tokenizer = build_tokenizer(spec)
+        checkpoint["tokenizer"] = tokenizer_of(checkpoint, path)
+        tokenizer = build_tokenizer(checkpoint["tokenizer"])
         if model.config.vocab_size < tokenizer.n_vocab:
             raise ValueError(f"{tokenizer.n_vocab} tokens, but the model knows fewer")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if model.config.vocab_size > tokenizer.n_vocab:
         model.resize_vocab(tokenizer.n_vocab)
-    return model.to(device), tokenizer, spec
+    return model.to(device), tokenizer, checkpoint
 
 
 def write_samples(model, tokenizer, prompt, args):
@@ -112,6 +116,50 @@ def write_samples(model, tokenizer, prompt, args):
     return made
 
 
+def prompt_of(messages, tokenizer, template, limit):
+    """A conversation -> the tokens after which its next answer comes, limit at most: the oldest
+    exchanges are left out."""
+    messages = [*messages, {"role": "assistant", "content": ""}]
+    while True:
+        parts = chat_parts(messages, tokenizer, template)[:-1]
+        tokens = [token for part, _ in parts for token in part]
+        if len(tokens) <= limit or len(messages) == 2:
+            return tokens[-limit:]
+        messages = messages[2:]
+
+
+def chat(model, tokenizer, template, args):
+    """Answers what is typed, line by line. Ctrl-C ends an answer, Ctrl-D the conversation."""
+    device, block_size = model.transformer.wte.weight.device, model.config.block_size
+    end = tokenizer.encode_single_token(END_OF_TEXT)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    messages = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        messages.append({"role": "user", "content": text})
+        room = min(args.max_new_tokens, block_size // 2)  # for the answer
+        prompt = prompt_of(messages, tokenizer, template, block_size - room)
+        decoder, answer = TextDecoder(tokenizer), ""
+        with contextlib.suppress(KeyboardInterrupt):
+            for step in model.generate(
+                torch.tensor([prompt], device=device),
+                args.max_new_tokens,
+                args.temperature,
+                args.top_k,
+                args.top_p,
+                stop_token=end,
+                generator=generator,
+            ):
+                part = decoder.decode(int(step)) if int(step) != end else decoder.rest()
+                answer += part
+                print(part, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
 @script
 def main(argv=None):
     parser = ArgumentParser(__doc__)
@@ -125,6 +173,7 @@ def main(argv=None):
     add("--top_p", type=float, default=1.0, help="... among those that reach probability p")
     add("--seed", type=int, default=1337, help="the same seed writes the same text")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--chat", action="store_true", help="a conversation with a model that finetune.py has made")
     add("--save_pretrained", metavar="FOLDER", help="write no text, but the model for transformers")
     args = parser.parse_args(argv)
     if not 0 <= args.temperature < float("inf"):
@@ -134,9 +183,12 @@ def main(argv=None):
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p={args.top_p}: must be above 0 and at most 1")
     prompt = None if args.start is None else read_prompt(args.start)
-    model, tokenizer, spec = load_model(args.init_from, pick_device(args.device))
+    model, tokenizer, checkpoint = load_model(args.init_from, pick_device(args.device))
+    if args.chat:
+        chat(model, tokenizer, checkpoint.get("template") or default_template(tokenizer), args)
+        return
     if args.save_pretrained:
-        save_tokenizer(spec, args.save_pretrained, model.config.block_size)
+        save_tokenizer(checkpoint["tokenizer"], args.save_pretrained, model.config.block_size)
         model.save_pretrained(args.save_pretrained, tokenizer.encode_single_token(END_OF_TEXT))
         print(f"wrote model and tokenizer to {args.save_pretrained}")
         return

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import doctest
 import http.server
+import io
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ import regex
 import torch
 import torch.nn.functional as F
 
+import finetune
 import gpt
 import prepare_data
 import sample
@@ -78,6 +80,45 @@ def run_training(data_folder, out_dir, *flags):
         + ["--eval_interval=10", "--eval_iters=3", "--warmup_iters=4", "--dropout=0.1", *flags]
     )
     return load_checkpoint(out_dir / "last.pt")
+
+
+@pytest.fixture(scope="session")
+def base(data_folder, tmp_path_factory):
+    """A trained model to begin fine-tuning with."""
+    run_training(data_folder, tmp_path_factory.mktemp("base") / "out", "--dropout=0")
+    return tmp_path_factory.getbasetemp() / "base0" / "out"
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def labelled(n):
+    """Texts that have "cat" or "dog" in them, which is their label."""
+    rng = random.Random(1)
+    others = [word for word in WORDS if word not in ("cat", "dog")]
+    rows = []
+    for i in range(n):
+        words = rng.choices(others, k=rng.randrange(2, 6)) + [("cat", "dog")[i % 2]]
+        rng.shuffle(words)
+        rows.append({"text": " ".join(words) + f" {i}", "label": ("cat", "dog")[i % 2]})
+    return rows
+
+
+def asked(n):
+    """Instructions with their answers."""
+    return [{"instruction": f"say {WORDS[i % 12]} {i}", "output": WORDS[i % 12]} for i in range(n)]
+
+
+def run_finetune(base, out_dir, data, *flags):
+    """finetune.py for 12 steps -> (last.pt, best.pt)."""
+    finetune.main(
+        [f"--init_from={base}", f"--out_dir={out_dir}", f"--data={data}", "--max_iters=12"]
+        + ["--eval_interval=6", "--device=cpu", "--batch_size=4", "--warmup_iters=2"]
+        + ["--max_new_tokens=5", *flags]
+    )
+    return (torch.load(out_dir / name, weights_only=True) for name in ("last.pt", "best.pt"))
 
 
 def assert_equal(a, b):
@@ -919,6 +960,296 @@ def test_gpt2_is_downloaded_once_and_only_whole(tmp_path, monkeypatch):
         assert asked.count(at + "config.json") == 2
 
 
+# --- fine-tuning ----------------------------------------------------------------------------------
+
+
+def lora_model(b=0.0):
+    """A tiny model with LoRA, whose B matrices are about b."""
+    model = tiny_model()
+    finetune.add_lora(model, rank=2, alpha=4.0, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=b)
+    return model
+
+
+def test_lora_changes_nothing_at_first():
+    torch.manual_seed(1)
+    plain, idx = tiny_model(), tokens(2, 16)
+    torch.manual_seed(1)
+    model = lora_model()
+    assert torch.equal(plain(idx), model(idx))
+
+
+def test_merged_lora_computes_the_same():
+    model, idx = lora_model(b=0.3), tokens(2, 16)
+    merged = GPT.from_checkpoint({**model.checkpoint(), "model": finetune.merged_weights(model)})
+    torch.testing.assert_close(merged(idx), model(idx))
+    assert not torch.allclose(merged(idx), lora_model()(idx))
+
+
+def test_only_lora_gets_gradients():
+    model, idx = lora_model(b=0.1), tokens(2, 16)
+    finetune.freeze(model, model, "lora")
+    model(idx, idx).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name)
+
+
+@pytest.mark.parametrize("train_flag", ["all", "last_block", "head", "lora"])
+def test_what_is_frozen_stays_to_the_bit(train_flag, base, tmp_path):
+    data = write_rows(tmp_path / "x.jsonl", labelled(60))
+    last, best = run_finetune(
+        base, tmp_path / "o", data, "--task=classify", f"--train={train_flag}"
+    )
+    before = load_checkpoint(base)["model"]
+    changed = {name for name in before if not torch.equal(before[name], best["model"][name])}
+    block = {name for name in before if name.startswith(("transformer.h.0", "transformer.ln_f"))}
+    expected = {
+        "all": set(before) - {"lm_head.weight"},
+        "last_block": block,
+        "head": set(),
+        "lora": {name for name in before if name.endswith(gpt.TRANSPOSED)},
+    }[train_flag]
+    assert changed == expected
+    trained = len(last["model"])
+    assert len(last["optimizer"]["state"]) == trained
+    assert trained == {"all": len(before) + 1, "last_block": 16, "head": 2, "lora": 10}[train_flag]
+    assert GPT.from_checkpoint(best).config == GPT.from_checkpoint(load_checkpoint(base)).config
+
+
+def test_the_loss_is_on_answers_and_their_ends_alone():
+    tokenizer = build_tokenizer(bpe_spec(train_bpe([story(200)], 260)))
+    end = tokenizer.eot_token
+    single = [("system", "be short"), ("user", "the cat"), ("assistant", "sees a dog")]
+    for turns in (single, single + [("user", "and"), ("assistant", "not a red house")]):
+        for template in ("roles", "alpaca"):
+            messages = [{"role": role, "content": content} for role, content in turns]
+            parts = prepare_data.chat_parts(messages, tokenizer, template)
+            idx, targets = finetune.to_row(parts, block_size=1000)
+            whole = [*idx, targets[-1]]
+            answers = [tokenizer.encode(c) + [end] for role, c in turns if role == "assistant"]
+            assert [t for t in targets if t != -100] == list(itertools.chain(*answers))
+            for i, target in enumerate(targets):  # the state at i predicts the token at i + 1
+                assert target in (-100, whole[i + 1])
+            text = tokenizer.decode(whole)
+            assert all(content in text for _, content in turns)
+
+
+def test_what_is_too_long_loses_its_beginning_and_keeps_an_answer():
+    parts = [([1] * 10, False), ([2] * 3, True), ([3] * 10, False), ([4] * 5, True)]
+    assert finetune.to_row(parts, 100)[1].count(4) == 5
+    idx, targets = finetune.to_row(parts, 8)
+    assert idx == [3] * 4 + [4] * 4
+    assert targets == [-100] * 3 + [4] * 5
+    idx, targets = finetune.to_row(parts, 3)  # not even the answer fits: its end goes
+    assert idx == [3, 4, 4]
+    assert targets == [4, 4, 4]
+
+
+def test_padding_changes_neither_loss_nor_prediction():
+    model = finetune.Classifier(tiny_model(), 3).eval()
+    rows = [tokens(n).tolist() for n in (3, 9, 16)]
+    last = torch.tensor([2, 8, 15])
+    together = model.scores(finetune.pad(rows, 7), last)
+    for row, scores in zip(rows, together):  # the head reads the last token that is not padding
+        hidden = model.gpt.hidden(torch.tensor([row]))[:, -1]
+        torch.testing.assert_close(model.head(hidden)[0], scores)
+    targets = [[-100, *row[1:]] for row in rows]
+    sums = finetune.token_log_probs(model.gpt, finetune.pad(rows, 7), finetune.pad(targets, -100))
+    loss = model.gpt(finetune.pad(rows, 7), finetune.pad(targets, -100))
+    torch.testing.assert_close(loss, -sums.sum() / (2 + 8 + 15))
+    for row, target, log_probs in zip(rows, targets, sums):
+        alone = model.gpt(torch.tensor([row]), torch.tensor([target]))
+        torch.testing.assert_close(-alone * (len(row) - 1), log_probs.sum())
+
+
+def test_every_target_weighs_the_same_however_the_step_is_divided(base, tmp_path):
+    data = write_rows(tmp_path / "x.jsonl", asked(40))  # answers of unlike length
+    runs = [
+        run_finetune(base, tmp_path / f"{i}", data, "--max_iters=1", "--epochs=1", *flags)
+        for i, flags in enumerate(
+            [
+                ["--batch_size=40"],
+                ["--batch_size=4", "--gradient_accumulation_steps=10"],
+            ]
+        )
+    ]
+    (one, _), (many, _) = runs
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(weight, many["model"][name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--task=classify"], ["--task=instruct", "--train=lora", "--lora_dropout=0.1"]],
+)
+def test_resumed_fine_tuning_is_uninterrupted_fine_tuning(flags, base, tmp_path):
+    rows = labelled(60) if "--task=classify" in flags else asked(60)
+    data, flags = write_rows(tmp_path / "x.jsonl", rows), [*flags, "--dropout=0.1"]
+    whole = run_finetune(base, tmp_path / "whole", data, *flags)
+    run_finetune(base, tmp_path / "parts", data, *flags, "--max_iters=6", "--lr_decay_iters=12")
+    finetune.main(
+        [*flags[:1], "--init_from=resume", f"--out_dir={tmp_path}/parts", "--max_iters=12"]
+    )
+    for a, b in zip(whole, ("last.pt", "best.pt")):
+        b = torch.load(tmp_path / "parts" / b, weights_only=True)
+        assert_equal(a["model"], b["model"])
+        assert_equal(a.get("optimizer"), b.get("optimizer"))
+        assert a["state"]["best_val_loss"] == b["state"]["best_val_loss"]
+
+
+def test_a_classifier_learns_and_answers(base, tmp_path, capsys):
+    data = write_rows(tmp_path / "x.jsonl", labelled(200))
+    run_finetune(base, tmp_path / "o", data, "--task=classify", "--max_iters=300", "--patience=9")
+    with open(tmp_path / "o" / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40
+    assert sum(row["label"] == row["predicted"] for row in rows) >= 36
+    capsys.readouterr()
+    for label in ("cat", "dog"):
+        finetune.main(
+            ["--task=classify", f"--init_from={tmp_path}/o", f"--predict=the red {label} hears"]
+        )
+        assert capsys.readouterr().out.startswith(label)
+
+
+def test_a_longer_context_grows_positions_that_are_trained(base, tmp_path):
+    rows = [{**row, "text": row["text"] * 4} for row in labelled(60)]
+    data = write_rows(tmp_path / "x.jsonl", rows)
+    _, best = run_finetune(
+        base, tmp_path / "o", data, "--task=classify", "--train=lora", "--block_size=64"
+    )
+    table = best["model"]["transformer.wpe.weight"]
+    assert table.shape == (64, 16)
+    assert best["config"]["block_size"] == 64
+
+
+def test_splits_share_no_text_and_no_group():
+    examples = [{"text": str(i), "group": str(i // 3), "label": "ab"[i % 2]} for i in range(300)]
+    finetune.set_positions(examples, seed=1)
+    splits = finetune.split_examples({"train": examples}, {"val": 0.1, "test": 0.2})
+    groups = {name: {e["group"] for e in some} for name, some in splits.items()}
+    for a, b in itertools.combinations(groups.values(), 2):
+        assert not a & b
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [210, 30, 60]
+
+
+def test_a_conversation_forgets_its_oldest_exchanges():
+    tokenizer = build_tokenizer(bpe_spec(train_bpe([story(200)], 260)))
+    messages = []
+    for i in range(6):
+        messages.append({"role": "user", "content": f"question {i}"})
+        prompt = sample.prompt_of(messages, tokenizer, "roles", 60)
+        text = tokenizer.decode(prompt)
+        assert len(prompt) <= 60
+        assert text.startswith("<|user|>")
+        assert text.endswith(f"question {i}<|assistant|>")
+        messages.append({"role": "assistant", "content": f"answer {i}"})
+    assert "question 4" in text
+    assert "question 0" not in text
+
+
+def test_a_chat_answers_line_by_line(base, tmp_path, capsys, monkeypatch):
+    rows = [{"instruction": f"say {word}", "output": word} for word in ("red", "dog")] * 10
+    data, val = write_rows(tmp_path / "x.jsonl", rows), write_rows(tmp_path / "val.jsonl", rows)
+    run_finetune(base, tmp_path / "o", data, f"--val={val}", "--max_iters=200")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("say dog\nsay red\n"))
+    sample.main([f"--init_from={tmp_path}/o", "--chat", "--temperature=0"])
+    assert capsys.readouterr().out == "dog\nred\n"
+
+
+def test_multiple_choice_picks_the_likelier_ending(base, tmp_path, capsys):
+    rows = [
+        {"ctx": "the cat", "endings": ["sees a dog", "\x07 zq#"], "label": i % 2}
+        for i in (0, 0, 1, 0)
+    ]
+    data = write_rows(tmp_path / "x.jsonl", rows)
+    finetune.main(["--task=choice", f"--init_from={base}", f"--data={data}"])
+    assert capsys.readouterr().out.count("0.7500") == 2
+
+
+def test_every_kind_of_table_gives_the_same_examples(tmp_path):
+    rows = [{"label": "a", "text": 'say "hi", ok'}, {"label": "b", "text": "c"}]
+    write_rows(tmp_path / "x.jsonl", rows)
+    (tmp_path / "x.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "x.csv").write_text('label,text\na,"say ""hi"", ok"\nb,c\n', encoding="utf-8")
+    (tmp_path / "x.tsv").write_text('label\ttext\na\tsay "hi", ok\nb\tc\n', encoding="utf-8")
+    (tmp_path / "y.tsv").write_text('a\tsay "hi", ok\nb\tc\n', encoding="utf-8")
+    for name in ("x.jsonl", "x.json", "x.csv", "x.tsv", "y.tsv"):
+        read = [row for _, row in finetune.read_rows(tmp_path / name, ("label", "text"))]
+        assert read == rows, name
+
+
+BAD_EXAMPLES = {
+    "x.jsonl: no column text (found: body, label)": ("classify", [{"body": "a", "label": "b"}]),
+    "x.jsonl, line 2: the label is empty": (
+        "classify",
+        [{"text": "a", "label": "b"}, {"text": "a", "label": " "}],
+    ),
+    "the only label is ['b']": ("classify", [{"text": str(i), "label": "b"} for i in range(20)]),
+    "too few examples": ("classify", [{"text": str(i), "label": str(i)} for i in range(4)]),
+    "line 1: not an object": ("classify", [["a", "b"]]),
+    "line 1: there is no answer": ("instruct", [{"instruction": "a", "output": ""}]),
+    "no column instruction or prompt": ("instruct", [{"output": "a"}]),
+    "messages need a role": ("instruct", [{"messages": [{"role": "robot", "content": "a"}]}]),
+    "give ctx, endings": ("choice", [{"ctx": "a", "endings": ["b"], "label": 0}]),
+}
+
+
+@pytest.mark.parametrize("complaint", BAD_EXAMPLES)
+def test_examples_that_cannot_be_are_named(complaint, base, tmp_path, capsys):
+    task, rows = BAD_EXAMPLES[complaint]
+    data = write_rows(tmp_path / "x.jsonl", rows)
+    flags = [f"--task={task}", f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path}/o"]
+    line = fails(capsys, finetune.main, *flags)
+    assert complaint.replace("x.jsonl: no", "x.jsonl, line 1: no") in line
+
+
+def test_fine_tuning_that_cannot_be_is_named(base, tmp_path, capsys):
+    data = write_rows(tmp_path / "x.jsonl", labelled(40))
+    other = write_rows(tmp_path / "val.jsonl", [{"text": "a", "label": "bird"}])
+    good = ["--task=classify", f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path}/o"]
+    for flags, complaint in [
+        (["--task=swim"], "--task=swim: unknown; there are classify"),
+        (["--train=some"], "--train=some: unknown"),
+        (["--task=instruct", "--train=head"], "no head of its own"),
+        ([f"--val={other}"], "val.jsonl, line 1: training has no label 'bird'"),
+        (["--predict=a"], "not a classifier"),
+        (["--data=none.csv"], "none.csv: No such file"),
+        (["--data=none.txt"], "give a .jsonl, .json, .csv or .tsv file"),
+        (["--init_from=resume"], "no such checkpoint"),
+        (["--text_field=body"], "no column body (found: text, label)"),
+        (["--lora_rank=0"], "lora_rank must be 1 or more"),
+    ]:
+        assert complaint in fails(capsys, finetune.main, *good, *flags)
+    run_finetune(base, tmp_path / "o", data, "--task=classify")
+    resume = ["--task=classify", "--init_from=resume", f"--out_dir={tmp_path}/o"]
+    assert "not --train=lora" in fails(capsys, finetune.main, *resume, "--train=lora")
+    write_rows(data, labelled(42))
+    assert "not those of that run" in fails(capsys, finetune.main, *resume)
+    (tmp_path / "o" / "best.pt").unlink()
+    line = fails(capsys, sample.main, f"--init_from={tmp_path}/o")
+    assert "only what finetune.py has trained" in line
+
+
+def test_the_default_examples_hold_every_module_together(tmp_path):
+    examples = prepare_data.manual_examples()
+    labels = [example["label"] for example in examples["classify"]]
+    assert len(set(labels)) >= 4
+    assert max(map(labels.count, labels)) <= 300
+    for task, columns in [
+        ("classify", {"text", "label"}),
+        ("instruct", {"instruction", "output"}),
+        ("preference", {"instruction", "chosen", "rejected"}),
+    ]:
+        assert len(examples[task]) > 1000
+        for example in examples[task]:
+            assert example.keys() == columns | {"group"}
+            assert all(example.values())
+
+
 # --- any accident ---------------------------------------------------------------------------------
 
 
@@ -1185,6 +1516,6 @@ def test_damaged_files_give_an_error_line_or_a_working_run(name, data_folder, tm
     assert 2 in codes
 
 
-@pytest.mark.parametrize("module", [gpt, prepare_data, train, sample])
+@pytest.mark.parametrize("module", [gpt, prepare_data, train, finetune, sample])
 def test_examples_in_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
