@@ -13,6 +13,7 @@ best.pt is a whole model, like any other; last.pt has only what was trained and 
 """
 
 import collections
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -20,6 +21,7 @@ import io
 import json
 import math
 import pathlib
+import time
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import ClassVar
@@ -29,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GPT, load_checkpoint
+from gpt import GPT, load_checkpoint, next_token_loss
 from prepare_data import (
     END_OF_TEXT,
     build_tokenizer,
@@ -38,6 +40,7 @@ from prepare_data import (
     decode,
     default_template,
     parse_json,
+    position,
     replace_text,
     script,
     sole_owner,
@@ -60,7 +63,7 @@ from train import (
 
 @dataclass
 class FinetuneConfig(RunConfig):
-    task: str = option("instruct", "classify, instruct, choice", fixed=True)
+    task: str = option("instruct", "classify, instruct, choice, dpo, reward, ppo", fixed=True)
     init_from: str = option("out", "the model to begin with: a run's folder, gpt2, ...; or resume")
     out_dir: str | None = option(None, "folder to write (default: out/TASK)")
     data: str | None = option(None, "examples: .jsonl, .json, .csv, .tsv (default: the manual's)")
@@ -83,12 +86,17 @@ class FinetuneConfig(RunConfig):
     # classify
     text_field: str = option("text", "column with the text", fixed=True)
     label_field: str = option("label", "column with the label", fixed=True)
+    lm_weight: float = option(0.5, "weight of the next-token loss beside the labels'", fixed=True)
     balance: bool = option(False, "drop examples until all labels are as frequent", fixed=True)
     predict: str | None = option(None, "a text to classify, without training")
     # instruct
     template: str | None = option(None, "roles or alpaca (default: by the vocabulary)", fixed=True)
     loss_on_prompt: bool = option(False, "learn the prompts, too", fixed=True)
-    max_new_tokens: int = option(128, "the longest answer when answers are measured")
+    max_new_tokens: int | None = option(None, "the longest answer that is sampled")
+    # dpo, reward, ppo
+    beta: float | None = option(None, "how much it costs to leave the reference", fixed=True)
+    reward_model: str = option("out/reward", "for ppo: what --task=reward has made")
+    max_kl: float = option(10.0, "ppo stops at this mean KL from its start, nats an answer")
 
     def __post_init__(self):
         for name, allowed in [
@@ -153,8 +161,8 @@ def merged_weights(gpt):
     return weights
 
 
-def freeze(model, gpt, train):
-    """Leaves trainable what --train names: of gpt, and all of the head that model may have."""
+def freeze(gpt, train):
+    """Leaves those weights trainable that --train names; a head of the task's own always is."""
     gpt.requires_grad_(train == "all")
     if train == "last_block":
         gpt.transformer.h[-1].requires_grad_(True)
@@ -162,8 +170,6 @@ def freeze(model, gpt, train):
     for name, parameter in gpt.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(True)
-    if model is not gpt and not gpt.config.tie_weights:  # then it is of no use here
-        gpt.lm_head.requires_grad_(False)
 
 
 # --- reading examples -----------------------------------------------------------------------------
@@ -245,11 +251,6 @@ def messages_of(row, where):
                 continue
         raise ValueError(f"{where}: messages need a role (system, user, assistant) and a content")
     return messages
-
-
-def place(key):
-    """A number from 0 to 1 that depends on the key alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def split_examples(files, fractions):
@@ -383,10 +384,11 @@ class Task:
         """Decides what is trained, in which batches, and in how many steps."""
         config, gpt = self.config, self.gpt
         grown = self.block_size > gpt.config.block_size
-        gpt.resize_positions(self.block_size)
+        if self.block_size != gpt.config.block_size:
+            gpt.resize_positions(self.block_size)
         if config.train == "lora":
             add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        freeze(self.model, gpt, config.train)
+        freeze(gpt, config.train)
         if grown:
             gpt.transformer.wpe.requires_grad_(True)
         lengths = [len(lists[0]) for lists in self.encoded["train"]]
@@ -444,8 +446,15 @@ class Task:
         for name, parameter in self.gpt.named_parameters():
             if name.endswith("lora_B"):  # it is in the weights already
                 nn.init.zeros_(parameter)
-        if self.model is not self.gpt:
+        if isinstance(self.model, WithHead):
             self.model.head.load_state_dict(best["head"])
+
+
+def write_lines(folder, name, objects):
+    """Writes JSON Lines; nothing where folder is None."""
+    if folder:
+        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
+        replace_text(folder / name, "".join(lines))
 
 
 class WithHead(nn.Module):
@@ -460,8 +469,11 @@ class WithHead(nn.Module):
 
     def scores(self, idx, last):
         """idx (B, T) and where each text's last token is, (B,) -> (B, outputs)."""
-        x = self.gpt.hidden(idx)  # (B, T, n_embd)
-        return self.head(x[torch.arange(len(idx), device=idx.device), last])
+        return self.read(self.gpt.hidden(idx), last)
+
+    def read(self, x, last):
+        """The same, of the hidden states x (B, T, n_embd)."""
+        return self.head(x[torch.arange(len(x), device=x.device), last])
 
 
 def token_log_probs(gpt, idx, targets):
@@ -476,8 +488,22 @@ def token_log_probs(gpt, idx, targets):
 
 
 class Classifier(WithHead):
+    """Its loss has the next token's beside it, which makes more of few examples: Radford et al.
+    2018, equation 5."""
+
+    def __init__(self, gpt, outputs, lm_weight):
+        super().__init__(gpt, outputs)
+        self.lm_weight = lm_weight
+
     def forward(self, idx, last, labels):
-        return F.cross_entropy(self.scores(idx, last), labels)
+        x = self.gpt.hidden(idx)
+        loss = F.cross_entropy(self.read(x, last), labels)
+        if self.lm_weight:
+            T = torch.arange(idx.size(1), device=idx.device)
+            targets = torch.where(T <= last[:, None], idx, -100)[:, 1:]
+            x, head = x[:, :-1].flatten(0, 1), self.gpt.lm_head.weight
+            loss = loss + self.lm_weight * next_token_loss(x, head, targets.flatten())
+        return loss
 
 
 class Classify(Task):
@@ -495,7 +521,7 @@ class Classify(Task):
         if is_ready and checkpoint.get("task") != "classify":
             raise ValueError(f"{path}: not a classifier; --task=classify trains one")
         super().__init__(config, machine, checkpoint, path)
-        self.model = Classifier(self.gpt, len(self.labels))
+        self.model = Classifier(self.gpt, len(self.labels), config.lm_weight)
         if is_ready:
             self.model.head.load_state_dict(checkpoint["head"])
 
@@ -520,7 +546,7 @@ class Classify(Task):
             by_label[example["label"]].append(example)
         fewest = min(map(len, by_label.values()), default=0)
         for label, examples in by_label.items():
-            examples.sort(key=lambda e: place(f"{config.seed} {e['text']}"))
+            examples.sort(key=lambda e: position(f"{config.seed} {e['text']}"))
             by_label[label] = examples[: fewest if config.balance else None]
             set_positions(by_label[label], config.seed)
         splits = split_examples({**files, "train": list(chain(*by_label.values()))}, self.fractions)
@@ -618,7 +644,7 @@ def set_positions(examples, seed):
     groups, before = collections.defaultdict(list), 0
     for example in examples:
         groups[example["group"]].append(example)
-    for group in sorted(groups, key=lambda group: place(f"{seed} {group}")):
+    for group in sorted(groups, key=lambda group: position(f"{seed} {group}")):
         for example in groups[group]:
             example["position"] = (before + len(groups[group]) / 2) / len(examples)
         before += len(groups[group])
@@ -635,7 +661,12 @@ def confusion_matrix(predicted, labels, n):
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the answers' tokens alone."""
 
-    defaults: ClassVar = {"batch_size": 8, "learning_rate": 1e-3, "epochs": 3.0}
+    defaults: ClassVar = {
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "epochs": 3.0,
+        "max_new_tokens": 128,
+    }
     columns = ("val_loss", "val_perplexity")
 
     def parse(self, row, where):
@@ -645,7 +676,7 @@ class Instruct(Task):
         while messages[-1]["role"] != "assistant":  # nothing is learned from what comes after
             messages = messages[:-1]
         prompts = "\n".join(m["content"] for m in messages[:-1])
-        return {"messages": messages, "position": place(str(row.get("group", prompts)))}
+        return {"messages": messages, "position": position(str(row.get("group", prompts)))}
 
     def encode(self, example):
         parts = self.parts(example["messages"])
@@ -670,7 +701,7 @@ class Instruct(Task):
     def report(self, folder):
         """Lets the model answer held-out prompts; writes responses.jsonl."""
         lines, stopped = [], 0
-        for example in self.examples["val"][:MEASURED_ANSWERS]:
+        for example in self.examples["val"][:MEASURED]:
             *conversation, expected = example["messages"]
             prompt = [t for part, _ in self.parts(example["messages"])[:-1] for t in part]
             answer, ended = self.answer(prompt)
@@ -681,9 +712,7 @@ class Instruct(Task):
         for line in lines[:3]:
             print(f"\n{line['messages'][-1]['content']}\n-> {line['answer']}")
         print(f"\n{stopped / len(lines):.1%} of {len(lines)} answers stop by themselves")
-        if folder:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            replace_text(folder / "responses.jsonl", text)
+        write_lines(folder, "responses.jsonl", lines)
 
     def answer(self, prompt):
         """The likeliest continuation of tokens -> (text, whether it ended by itself)."""
@@ -739,10 +768,472 @@ class Choice(Task):
             print(f"accuracy by log-probability {name}: {share:.4f} ± {error:.4f}")
 
 
+# --- learning from preferences --------------------------------------------------------------------
+
+
+class Preferences(Task):
+    """Pairs of answers to a prompt, of which the first is preferred to the second."""
+
+    file = "preference.jsonl"
+
+    def parse(self, row, where):
+        row = {name: value for name, value in row.items() if name != "output"}
+        messages, pair = messages_of(row, where), {}
+        for name in ("chosen", "rejected"):
+            pair[name] = text_of(row, [name], where)
+            if not pair[name]:
+                raise ValueError(f"{where}: {name} is empty")
+        key = str(row.get("group", messages[-1]["content"]))
+        return {"messages": messages, **pair, "position": position(key)}
+
+    def split(self, files):
+        kept = {
+            split: [e for e in examples if e["chosen"] != e["rejected"]]
+            for split, examples in files.items()
+        }
+        dropped = sum(map(len, files.values())) - sum(map(len, kept.values()))
+        print(f"dropped {dropped:,} pairs of equal answers")
+        return super().split(kept)
+
+    def encode(self, example):
+        """idx and targets of the chosen answer, then of the rejected one."""
+        rows = []
+        for name in ("chosen", "rejected"):
+            answer = {"role": "assistant", "content": example[name]}
+            parts = chat_parts([*example["messages"], answer], self.tokenizer, self.template)
+            self.cut += sum(len(part) for part, _ in parts) > self.block_size + 1
+            rows += to_row(parts, self.block_size)
+        return rows
+
+    def collate(self, encoded):
+        """-> idx (2P, T), targets (2P, T): all that are chosen, then all that are rejected."""
+        idx, targets, rejected_idx, rejected_targets = zip(*(lists[:4] for lists in encoded))
+        return pad(idx + rejected_idx, self.end), pad(targets + rejected_targets, -100)
+
+
+def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
+    """Direct preference optimisation: Rafailov et al. 2023, equation 7.
+
+    Takes log-probabilities of whole answers, (P,), under the model and under its reference, which
+    it starts as. Returns losses and margins (P,): β[log π/ρ of the chosen − log π/ρ of the rejected].
+    """
+    margins = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
+    return -F.logsigmoid(margins), margins
+
+
+class DPOModel(nn.Module):
+    def __init__(self, gpt, beta):
+        super().__init__()
+        self.gpt, self.beta = gpt, beta
+
+    def forward(self, idx, targets, reference):
+        chosen, rejected = token_log_probs(self.gpt, idx, targets).sum(1).chunk(2)
+        return dpo_loss(chosen, rejected, *reference.chunk(2), self.beta)[0].mean()
+
+
+class DPO(Preferences):
+    """Makes the chosen answers likelier than the rejected, without going far from the reference,
+    which is the model at the start."""
+
+    defaults: ClassVar = {"batch_size": 8, "learning_rate": 5e-5, "epochs": 2.0, "beta": 0.1}
+    columns = ("val_loss", "val_accuracy", "val_margin", "val_chosen", "val_rejected")
+
+    def __init__(self, config, machine, checkpoint, path):
+        super().__init__(config, machine, checkpoint, path)
+        self.model = DPOModel(self.gpt, config.beta)
+
+    def prepare(self):
+        super().prepare()
+        for split, encoded in self.encoded.items():  # the reference's, computed once
+            reference = iter(self.log_probs(split))
+            self.encoded[split] = [[*lists, *next(reference).tolist()] for lists in encoded]
+
+    @torch.no_grad()
+    def log_probs(self, split):
+        """Log-probabilities of a split's answers, chosen and rejected: (N, 2)."""
+        self.model.eval()
+        found = [torch.empty(0, 2)]
+        for idx, targets, *_ in self.batches(split):
+            with self.machine.autocast():
+                sums = token_log_probs(self.gpt, *self.machine.put(idx, targets)).sum(1)
+            found.append(sums.view(2, -1).T.cpu())
+        self.model.train()
+        return torch.cat(found)
+
+    def collate(self, encoded):
+        if len(encoded[0]) == 4:
+            return super().collate(encoded)
+        chosen, rejected = zip(*(lists[4:] for lists in encoded))
+        return *super().collate(encoded), torch.tensor(chosen + rejected)
+
+    def measure(self, split):
+        chosen, rejected = self.log_probs(split).T
+        reference = torch.tensor([lists[4:] for lists in self.encoded[split]]).T
+        losses, margins = dpo_loss(chosen, rejected, *reference, self.config.beta)
+        return [losses, (margins > 0).float(), margins, chosen, rejected]
+
+    def evaluate(self):
+        means = [values.mean().item() for values in self.measure("val")]
+        return dict(zip(self.columns, means))
+
+    def report(self, folder):
+        for split in ("train", "val"):
+            names = ("loss", "accuracy", "margin", "log p of chosen", "of rejected")
+            means = [values.mean().item() for values in self.measure(split)]
+            print(f"{split:5}", *(f"{n} {mean:.3f}" for n, mean in zip(names, means)), sep="  ")
+
+
+class RewardModel(WithHead):
+    """A number for a conversation that ends with an answer: how good that is."""
+
+    def __init__(self, gpt):
+        super().__init__(gpt, outputs=1)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(gpt.config.n_embd + 1))
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, idx, last):
+        """Bradley-Terry, −log σ(r_chosen − r_rejected): Ouyang et al. 2022, equation 1."""
+        chosen, rejected = self.scores(idx, last)[:, 0].chunk(2)
+        return -F.logsigmoid(chosen - rejected).mean()
+
+
+class Reward(Preferences):
+    """Scores answers, the better the higher; the mean of those in training is 0."""
+
+    defaults: ClassVar = {"batch_size": 8, "learning_rate": 3e-4, "epochs": 2.0}
+    columns, has_head = ("val_loss", "val_accuracy", "val_chosen", "val_rejected"), True
+
+    def __init__(self, config, machine, checkpoint, path):
+        is_ready = config.predict is not None or config.eval_only
+        if is_ready and checkpoint.get("task") != "reward":
+            raise ValueError(f"{path}: not a reward model; --task=reward trains one")
+        super().__init__(config, machine, checkpoint, path)
+        self.model = RewardModel(self.gpt)
+        if is_ready:
+            self.model.head.load_state_dict(checkpoint["head"])
+
+    def load(self):
+        if self.config.predict is None:
+            super().load()
+
+    def encode(self, example):
+        """The tokens of the conversation with the chosen answer, then with the rejected one."""
+        prompt = example["messages"]
+        answers = (example["chosen"], example["rejected"])
+        return [self.tokens([*prompt, {"role": "assistant", "content": a}]) for a in answers]
+
+    def tokens(self, messages):
+        idx, targets = to_row(
+            chat_parts(messages, self.tokenizer, self.template), self.block_size - 1
+        )
+        self.cut += len(idx) == self.block_size - 1
+        return [*idx, targets[-1]]  # with the end token, where the head reads
+
+    def collate(self, encoded):
+        """-> idx (2P, T), where the last token is (2P,): all that are chosen, then the others."""
+        rows = [chosen for chosen, _ in encoded] + [rejected for _, rejected in encoded]
+        return pad(rows, self.end), torch.tensor([len(row) - 1 for row in rows])
+
+    @torch.no_grad()
+    def score(self, conversations):
+        """Lists of messages -> their scores, (N,)."""
+        rows = list(map(self.tokens, conversations))
+        last = torch.tensor([len(row) - 1 for row in rows])
+        tensors = self.machine.put(pad(rows, self.end), last)
+        return self.model.eval().scores(*tensors)[:, 0].float().cpu()
+
+    @torch.no_grad()
+    def measure(self, split):
+        """Scores of a split's answers, chosen and rejected: (N, 2)."""
+        self.model.eval()
+        found = [torch.empty(0, 2)]
+        for tensors in self.batches(split):
+            with self.machine.autocast():
+                scores = self.model.scores(*self.machine.put(*tensors))
+            found.append(scores.float().view(2, -1).T.cpu())
+        self.model.train()
+        return torch.cat(found)
+
+    def evaluate(self):
+        chosen, rejected = self.measure("val").T
+        values = [-F.logsigmoid(chosen - rejected), (chosen > rejected).float(), chosen, rejected]
+        return dict(zip(self.columns, (value.mean().item() for value in values)))
+
+    def best(self):
+        head = {name: tensor.clone() for name, tensor in self.model.head.state_dict().items()}
+        head["bias"] -= self.measure("train").mean().to(head["bias"].device)
+        return {**super().best(), "head": head, "template": self.template}
+
+    def report(self, folder):
+        for split in ("train", "val"):
+            if self.encoded[split]:
+                chosen, rejected = self.measure(split).T
+                print(
+                    f"{split:5}  pair accuracy {(chosen > rejected).float().mean():.4f}  "
+                    f"mean score of chosen {chosen.mean():+.3f}, of rejected {rejected.mean():+.3f}"
+                )
+
+    def predict(self, text):
+        """Prints the score of an answer, or of a conversation in JSON, as a line of a file is."""
+        row = parse_json(text.encode(), "--predict") if text.startswith("{") else None
+        messages = messages_of(row, "--predict") if row else []
+        messages += [] if row else [{"role": "assistant", "content": text}]
+        print(f"{self.score([messages]).item():+.4f}")
+
+
+# --- reinforcement learning -----------------------------------------------------------------------
+
+# Proximal policy optimisation from a reward model (Schulman et al. 2017; Ouyang et al. 2022). Simpler
+# than InstructGPT in that: the value function is a head on the policy's trunk and not a model of its
+# own, which would cost as much again; there is no term for pretraining data (PPO-ptx), for the KL
+# penalty is enough at this size; the coefficient of that penalty is fixed and not adapted, so that a
+# run can be understood; and prompts come from a file, not from people.
+
+GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
+CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
+EPOCHS, PARTS = 4, 4  # an iteration goes so often through its answers, in so many parts
+UNFINISHED = -1.0  # added to the score of an answer that does not end
+
+
+def advantages_of(rewards, values, answered):
+    """Generalised advantage estimation: Schulman et al. 2016, equations 11 and 12.
+
+    All (B, T): at t the state that predicts token t + 1; answered marks those whose token belongs
+    to the answer. A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 at the end.
+    """
+    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(following)
+    for t in reversed(range(rewards.size(1))):
+        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
+        following = (delta + GAMMA * LAMBDA * following) * answered[:, t]
+        next_value = values[:, t] * answered[:, t]
+        advantages[:, t] = following
+    return advantages
+
+
+def whiten(values, mask):
+    """Mean 0 and variance 1 over the places of mask; 0 elsewhere."""
+    chosen = values[mask]
+    return torch.where(mask, (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0)
+
+
+def ppo_loss(log_probs, old_log_probs, advantages, mask):
+    """The clipped objective, negated: Schulman et al. 2017, equation 7. Also the clipped share."""
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+    losses = -torch.min(ratio * advantages, clipped * advantages)
+    return losses[mask].mean(), (ratio != clipped)[mask].float().mean()
+
+
+class ActorCritic(nn.Module):
+    """A GPT that also says what score it expects."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt, self.value = gpt, nn.Linear(gpt.config.n_embd, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, idx, targets):
+        """-> log p of the targets, entropy and value of the states before them, (B, T) each; 0
+        where there is no target."""
+        mask = targets != -100
+        x = self.gpt.hidden(idx)
+        all_log_probs = self.gpt.lm_head(x[mask]).float().log_softmax(-1)  # (N, vocab_size)
+        log_probs = all_log_probs.gather(-1, targets[mask][:, None])[:, 0]
+        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+        values = self.value(x[mask])[:, 0].float()
+        empty = torch.zeros(targets.shape, device=idx.device)
+        return tuple(empty.masked_scatter(mask, found) for found in (log_probs, entropy, values))
+
+
+class PPO(Task):
+    """Makes answers likelier that score higher, without going far from the reference, which is the
+    model at the start. A step of the trainer is an iteration: answers to a batch of prompts, then
+    some epochs on them."""
+
+    defaults: ClassVar = {
+        "batch_size": 32,
+        "learning_rate": 1e-4,
+        "max_iters": 100,
+        "eval_interval": 10,
+        "beta": 0.1,
+        "max_new_tokens": 48,
+    }
+    stats = ("score", "kl", "entropy", "clipped", "value_loss", "length", "ended")
+    columns = ("val_loss", "val_score", "val_kl", *stats)
+    file = "preference.jsonl"
+
+    def __init__(self, config, machine, checkpoint, path):
+        super().__init__(config, machine, checkpoint, path)
+        self.model = ActorCritic(self.gpt)
+        self.reference = copy.deepcopy(self.gpt).to(machine.device).requires_grad_(False)
+        self.score = load_reward(config.reward_model, machine)
+
+    def parse(self, row, where):
+        row = {name: value for name, value in row.items() if name != "output"}
+        messages = messages_of(row, where)
+        while messages and messages[-1]["role"] == "assistant":  # the model is to answer itself
+            messages = messages[:-1]
+        if not messages:
+            raise ValueError(f"{where}: there is no prompt")
+        key = str(row.get("group", messages[-1]["content"]))
+        return {"messages": messages, "position": position(key)}
+
+    def encode(self, example):
+        messages = [*example["messages"], {"role": "assistant", "content": ""}]
+        parts = chat_parts(messages, self.tokenizer, self.template)[:-1]
+        prompt = [token for part, _ in parts for token in part]
+        limit = self.block_size - self.config.max_new_tokens
+        if limit < 1:
+            raise ValueError(f"--max_new_tokens: below the context's {self.block_size}, please")
+        self.cut += len(prompt) > limit
+        return (prompt[-limit:],)
+
+    def answer(self, examples, encoded, seed):
+        """Samples an answer to each prompt: temperature 1 and all tokens, so that the policy is the
+        distribution they come from. Returns idx, targets (B, T) and scores (B,), ended (B,), texts.
+        """
+        generator = torch.Generator(self.machine.device).manual_seed(seed)
+        by_length, answers = collections.defaultdict(list), {}
+        for i, (prompt,) in enumerate(encoded):
+            by_length[len(prompt)].append(i)
+        for same in by_length.values():
+            (idx,) = self.machine.put(torch.tensor([encoded[i][0] for i in same]))
+            steps = self.gpt.eval().generate(
+                idx, self.config.max_new_tokens, stop_token=self.end, generator=generator
+            )
+            for i, tokens in zip(same, torch.stack(list(steps), dim=1).tolist()):
+                stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
+                answers[i] = tokens[:stop]
+        answers = [answers[i] for i in range(len(encoded))]
+        ended = torch.tensor([tokens[-1] == self.end for tokens in answers])
+        texts = [self.tokenizer.decode([t for t in a if t != self.end]) for a in answers]
+        scores = self.score(
+            [
+                [*example["messages"], {"role": "assistant", "content": text}]
+                for example, text in zip(examples, texts)
+            ]
+        )
+        rows = [
+            to_row([(p, False), (a, True)], self.block_size) for (p,), a in zip(encoded, answers)
+        ]
+        idx, targets = (pad(lists, fill) for lists, fill in zip(zip(*rows), (self.end, -100)))
+        return idx, targets, scores + UNFINISHED * ~ended, ended, texts
+
+    @torch.no_grad()
+    def experience(self, iteration):
+        """Answers to an iteration's prompts, with all that the loss needs: (B, T) tensors."""
+        numbers = self.shuffled.batch(iteration)
+        examples = [self.examples["train"][i] for i in numbers]
+        encoded = [self.encoded["train"][i] for i in numbers]
+        seed = int(np.random.SeedSequence((self.config.seed, iteration)).generate_state(1)[0])
+        idx, targets, scores, ended, _ = self.answer(examples, encoded, seed)
+        idx, targets, scores = self.machine.put(idx, targets, scores)
+        answered = targets != -100
+        self.model.eval()
+        log_probs, entropy, values = self.model(idx, targets)
+        drift = log_probs - token_log_probs(self.reference, idx, targets)  # sums to the KL
+        rewards = -self.config.beta * drift
+        last = answered.size(1) - 1 - answered.int().flip(1).argmax(1)  # where each answer ends
+        rewards[torch.arange(len(idx)), last] += scores
+        advantages = advantages_of(rewards, values, answered)
+        self.model.train()
+        stats = {
+            "score": scores.mean().item(),
+            "kl": drift.sum(1).mean().item(),
+            "entropy": entropy[answered].mean().item(),
+            "length": answered.sum(1).float().mean().item(),
+            "ended": ended.float().mean().item(),
+        }
+        returns = advantages + values
+        return (idx, targets, log_probs, whiten(advantages, answered), returns), stats
+
+    def loss(self, idx, targets, old_log_probs, advantages, returns):
+        """-> loss, clipped share, value loss."""
+        mask = targets != -100
+        log_probs, _, values = self.model(idx, targets)
+        loss, clipped = ppo_loss(log_probs, old_log_probs, advantages, mask)
+        value_loss = (values - returns)[mask].square().mean() / 2
+        return loss + VALUE_WEIGHT * value_loss, clipped.item(), value_loss.item()
+
+    def held_out(self):
+        """Held-out prompts, and what the model now answers: (examples, scores, KL, texts)."""
+        examples, encoded = (some["val"][:MEASURED] for some in (self.examples, self.encoded))
+        idx, targets, scores, _, texts = self.answer(examples, encoded, seed=0)
+        idx, targets = self.machine.put(idx, targets)
+        with torch.no_grad():
+            drift = token_log_probs(self.gpt.eval(), idx, targets)
+            drift -= token_log_probs(self.reference, idx, targets)
+        self.model.train()
+        return examples, scores, drift.sum(1).mean().item(), texts
+
+    def evaluate(self):
+        _, scores, kl, _ = self.held_out()
+        score = scores.mean().item()
+        return {"val_loss": -score, "val_score": score, "val_kl": kl}
+
+    def report(self, folder):
+        """Writes held-out answers of the reference and of the model, side by side."""
+        examples, scores, kl, texts = self.held_out()
+        gpt, self.gpt = self.gpt, self.reference
+        _, old_scores, _, old_texts = self.held_out()
+        self.gpt = gpt
+        print(
+            f"held out: mean score {old_scores.mean():+.3f} -> {scores.mean():+.3f} at KL {kl:.2f}"
+        )
+        lines = [
+            {"messages": e["messages"], "before": old, "after": new, "scores": [float(x), float(y)]}
+            for e, old, new, x, y in zip(examples, old_texts, texts, old_scores, scores)
+        ]
+        for line in lines[:5]:
+            print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
+        write_lines(folder, "responses.jsonl", lines)
+
+
+def load_reward(path, machine):
+    """A checkpoint of --task=reward -> the function from conversations to scores."""
+    checkpoint = load_checkpoint(path)
+    reward = Reward(FinetuneConfig(task="reward", predict=""), machine, checkpoint, path)
+    reward.model.to(machine.device)
+    return reward.score
+
+
+class PPOTrainer(Trainer):
+    """The same loop, with an iteration of PPO for a step."""
+
+    def take_step(self):
+        config, state, task = self.config, self.state, self.task
+        start = time.perf_counter()
+        self.set_learning_rate()
+        tensors, self.stats = task.experience(state["step"])
+        rng = np.random.default_rng([config.seed, state["step"]])
+        measured = []
+        for _ in range(EPOCHS):
+            for part in np.array_split(rng.permutation(len(tensors[0])), PARTS):
+                with self.machine.autocast():
+                    loss, *more = task.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))
+                self.machine.scaler.scale(loss).backward()
+                self.update(loss.item())
+                self.losses.append(loss.item())
+                measured.append(more)
+        self.stats |= dict(zip(("clipped", "value_loss"), np.mean(measured, axis=0).tolist()))
+        state["step"] += 1
+        state["tokens"] += int((tensors[1] != -100).sum())
+        state["seconds"] += time.perf_counter() - start
+
+    def finished(self):
+        kl = self.stats.get("kl", 0.0)
+        if kl > self.config.max_kl:
+            print(f"stopped: the KL from the start is {kl:.1f} nats, --max_kl={self.config.max_kl}")
+        return kl > self.config.max_kl or super().finished()
+
+
 # --- the whole way --------------------------------------------------------------------------------
 
 TASKS = {"classify": Classify, "instruct": Instruct, "choice": Choice}
-MEASURED_ANSWERS = 100
+TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO}
+MEASURED = 100  # held-out prompts that are answered for a report
 
 
 def weights_digest(checkpoint):
@@ -784,11 +1275,13 @@ def main(argv=None):
     if saved:
         task.resume(saved, out_dir / "last.pt")
     task.model.to(machine.device).train()
-    trainer = Trainer(config, machine, task, saved)
+    trainer = (PPOTrainer if config.task == "ppo" else Trainer)(config, machine, task, saved)
     with sole_owner(out_dir):
         if not saved:
             set_aside(out_dir)
-            print("before:", *(f"{k} {v:.4f}" for k, v in task.evaluate().items()), sep="  ")
+            metrics = task.evaluate()
+            print("before:", *(f"{name} {value:.4f}" for name, value in metrics.items()), sep="  ")
+            trainer.save(metrics["val_loss"])  # so that best.pt is never worse than the start
         trainer.run()
         task.take(load_checkpoint(out_dir / "best.pt"))
         task.report(out_dir)

@@ -293,6 +293,11 @@ def docstrings(node, name):
             yield from docstrings(child, f"{name}.{child.name}")
 
 
+def position(key):
+    """A number from 0 to 1 that depends on the key alone: where finetune.py's splits have it."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
 def first_sentence(docstring):
     """
     >>> first_sentence("Join two\\n    paths.  Blanks too.\\n\\nMore.")
@@ -303,11 +308,12 @@ def first_sentence(docstring):
 
 
 def manual_examples():
-    """Examples for finetune.py from Python's manual: {task: [{...}]}; a module is a group, which finetune.py does not divide.
+    """Examples for finetune.py from Python's manual: {task: [{...}]}. Those of a module are a group,
+    which no split divides.
 
     classify: a docstring, and the package it is from, one of those that have many modules.
     instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring.
-    preference: the same, and as a worse answer the sentence of what follows it in the module.
+    preference: the same, and as a worse answer the sentence of something in another module.
     """
     by_package, by_module = collections.defaultdict(list), collections.defaultdict(list)
     for module, title, text in library_docstrings():
@@ -318,17 +324,21 @@ def manual_examples():
     examples = {"classify": [], "instruct": [], "preference": []}
     for package, found in by_package.items():
         modules = collections.Counter()
-        for example in found:  # a few of each module rather than all of the first ones
-            example["turn"] = modules[example["group"]] = modules[example["group"]] + 1
+        turns = []  # so as to take a few of each module rather than all of the first ones
+        for example in found:
+            modules[example["group"]] += 1
+            turns.append((modules[example["group"]], example))
         if len(modules) >= 10 and len(found) >= 150:
-            for example in sorted(found, key=lambda example: example.pop("turn"))[:300]:
+            for _, example in sorted(turns, key=lambda turn: turn[0])[:300]:
                 examples["classify"].append({**example, "label": package})
-    for module, pairs in by_module.items():
-        for (prompt, sentence), (_, other) in zip(pairs, pairs[1:] + pairs[:1]):
+    modules = sorted(by_module, key=position)  # so the other module is in the same split, mostly
+    for module, other in zip(modules, modules[1:] + modules[:1]):
+        for (prompt, sentence), (_, worse) in zip(
+            by_module[module], itertools.cycle(by_module[other])
+        ):
             shared = {"group": module, "instruction": prompt}
             examples["instruct"].append({**shared, "output": sentence})
-            if other != sentence:
-                examples["preference"].append({**shared, "chosen": sentence, "rejected": other})
+            examples["preference"].append({**shared, "chosen": sentence, "rejected": worse})
     return examples
 
 

@@ -391,6 +391,7 @@ class Trainer:
             self.restore(saved)
         self.logged = dict(self.state)  # at the last line of output
         self.losses = []  # of the steps since then
+        self.stats = {}  # what else a kind of training reports of its last step
 
     def restore(self, saved):
         fresh = self.optimizer.state_dict()  # its settings are the config's, not the file's
@@ -418,7 +419,7 @@ class Trainer:
             print(f"{self.out_dir} is at step {state['step']} already; --max_iters=N goes further")
         self.metrics = Metrics(self.out_dir / "metrics.csv", state["step"], self.task.columns)
         with stop_signals() as stop:
-            while state["step"] < config.max_iters and not stop and not self.out_of_patience():
+            while state["step"] < config.max_iters and not stop and not self.finished():
                 try:
                     self.take_step()
                 except torch.OutOfMemoryError as error:
@@ -437,18 +438,17 @@ class Trainer:
             print(f"stopped after step {state['step']}; --init_from=resume goes on from there")
             raise SystemExit(128 + stop[0])
 
-    def out_of_patience(self):
-        """Whether the validation loss has not fallen for config.patience evaluations."""
+    def finished(self):
+        """Whether to stop early: no better validation loss for config.patience evaluations."""
         patience = self.config.patience
         return patience is not None and self.state["evaluations_since"] >= patience
 
     def take_step(self):
         """One update of the weights. Raises ValueError, changing nothing, if loss or gradient is
         not finite."""
-        config, state, scaler = self.config, self.state, self.machine.scaler
+        config, state = self.config, self.state
         start = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(state["step"], config) * group["lr_scale"]
+        self.set_learning_rate()
         seed_dropout(self.machine.device, config.seed, state["step"])
         numbers = micro_batches_of(state["step"], config.gradient_accumulation_steps)
         batches = [self.task.micro_batch(n) for n in numbers]
@@ -457,27 +457,38 @@ class Trainer:
             with self.machine.autocast():  # each target of the step weighs the same
                 mean = self.forward(*self.machine.put(*tensors))
                 part = mean * (count_targets(tensors) / targets)
-            scaler.scale(part).backward()
+            self.machine.scaler.scale(part).backward()
             loss += part.item()
             state["tokens"] += tensors[0].numel()
+        self.update(loss)
+        self.losses.append(loss)
+        state["step"] += 1
+        state["seconds"] += time.perf_counter() - start
+
+    def set_learning_rate(self):
+        for group in self.optimizer.param_groups:
+            rate = learning_rate_at(self.state["step"], self.config)
+            group["lr"] = rate * group["lr_scale"]
+
+    def update(self, loss):
+        """Clips the gradients that there are and changes the weights by them."""
+        scaler = self.machine.scaler
         scaler.unscale_(self.optimizer)
-        limit = config.grad_clip or math.inf
+        limit = self.config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise ValueError(
-                f"step {state['step']}: stopped, the loss is {loss} and the gradient's norm {norm};"
-                " checkpoints are from before; a lower --learning_rate may help"
+                f"step {self.state['step']}: stopped, the loss is {loss} and the gradient's norm "
+                f"{norm}; checkpoints are from before; a lower --learning_rate may help"
             )
         scaler.step(self.optimizer)  # leaves the weights alone where float16 has overflowed
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss)
         self.norm = norm
-        state["step"] += 1
-        state["seconds"] += time.perf_counter() - start
 
     def log(self, **metrics):
         """A line of output and a row of metrics.csv, about the steps since the last one."""
+        metrics = {**self.stats, **metrics}
         config, state, loss = self.config, self.state, sum(self.losses) / len(self.losses)
         bits_per_byte = self.task.bits_per_byte
         seconds = state["seconds"] - self.logged["seconds"]
