@@ -81,7 +81,7 @@ class FinetuneConfig(RunConfig):
     epochs: float | None = option(None, "passes through the examples", fixed=True)
     max_iters: int | None = option(None, "steps (default: as many as epochs take)", least=1)
     eval_interval: int | None = option(None, "steps between evaluations (default: an epoch's)")
-    log_interval: int = option(50, "steps between lines of output")
+    log_interval: int | None = option(None, "steps between lines of output")
     eval_only: bool = option(False, "measure, without training")
     # classify
     text_field: str = option("text", "column with the text", fixed=True)
@@ -110,7 +110,8 @@ class FinetuneConfig(RunConfig):
         task = TASKS[self.task]
         if self.train == "head" and not task.has_head:
             raise ValueError("--train=head: this task has no head of its own; there is last_block")
-        for name, value in {**task.defaults, "out_dir": f"out/{self.task}"}.items():
+        defaults = {"out_dir": f"out/{self.task}", "log_interval": 50, **task.defaults}
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.eval_only |= self.task == "choice"
@@ -1057,6 +1058,7 @@ class PPO(Task):
         "learning_rate": 1e-4,
         "max_iters": 100,
         "eval_interval": 10,
+        "log_interval": 1,
         "beta": 0.1,
         "max_new_tokens": 48,
     }

@@ -1182,6 +1182,195 @@ def test_every_kind_of_table_gives_the_same_examples(tmp_path):
         assert read == rows, name
 
 
+# --- preferences ----------------------------------------------------------------------------------
+
+
+def preferred(n):
+    """Instructions whose better answers are other words than the worse ones."""
+    return [
+        {"instruction": f"say {i}", "chosen": WORDS[i % 6], "rejected": WORDS[6 + i % 5]}
+        for i in range(n)
+    ]
+
+
+def test_dpo_loss_is_its_equation():
+    chosen, rejected, ref_chosen, ref_rejected = (-torch.rand(4, 50) * 90).double()
+    losses, margins = finetune.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3)
+    for i in range(50):
+        ratio = (chosen[i] - ref_chosen[i]) - (rejected[i] - ref_rejected[i])
+        assert losses[i].item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.3 * ratio))))
+        assert margins[i].item() == pytest.approx(0.3 * ratio.item())
+
+
+def test_dpo_begins_at_ln_2_and_raises_the_chosen():
+    model = finetune.DPOModel(tiny_model(), beta=0.5)
+    idx, targets = tokens(6, 12), tokens(6, 12)
+    targets[:, :4] = -100
+    with torch.no_grad():
+        before = finetune.token_log_probs(model.gpt, idx, targets).sum(1)
+    loss = model(idx, targets, before)
+    assert loss.item() == pytest.approx(math.log(2))
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 1e-3 * parameter.grad
+        after = finetune.token_log_probs(model.gpt, idx, targets).sum(1)
+    changes = after - before
+    assert changes[:3].mean() > 0 > changes[3:].mean()
+
+
+@pytest.mark.parametrize("train_flag", ["all", "lora"])
+def test_dpo_learns_which_answer_is_better(train_flag, base, tmp_path, capsys):
+    data = write_rows(tmp_path / "x.jsonl", [*preferred(120), *preferred(1)])
+    run_finetune(
+        base, tmp_path / "o", data, "--task=dpo", f"--train={train_flag}", "--max_iters=60"
+    )
+    out = capsys.readouterr().out
+    assert "before:  val_loss 0.6931" in out
+    with open(tmp_path / "o" / "metrics.csv", encoding="utf-8") as file:
+        row = [row for row in csv.DictReader(file) if row["val_margin"]][-1]
+    assert float(row["val_margin"]) > 0
+    assert float(row["val_loss"]) < math.log(2)
+
+
+def test_equal_answers_are_dropped_and_counted(base, tmp_path, capsys):
+    rows = [*preferred(60), {"instruction": "say", "chosen": "cat", "rejected": "cat"}]
+    run_finetune(base, tmp_path / "o", write_rows(tmp_path / "x.jsonl", rows), "--task=dpo")
+    assert "dropped 1 pairs" in capsys.readouterr().out
+
+
+def test_a_reward_model_scores_conversations_around_zero(base, tmp_path, capsys):
+    data = write_rows(tmp_path / "x.jsonl", preferred(120))
+    run_finetune(base, tmp_path / "o", data, "--task=reward", "--max_iters=60")
+    machine = train.Machine(finetune.FinetuneConfig(device="cpu"))
+    score = finetune.load_reward(tmp_path / "o", machine)
+    scores = []
+    for row in preferred(120):
+        if prepare_data.position(row["instruction"]) >= 0.1:  # those it was trained on
+            for name in ("chosen", "rejected"):
+                messages = [
+                    {"role": "user", "content": row["instruction"]},
+                    {"role": "assistant", "content": row[name]},
+                ]
+                scores.append(score([messages]).item())
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-4)
+    together = score([[{"role": "assistant", "content": text}] for text in ("a", "the red dog")])
+    capsys.readouterr()  # padding changes no score
+    for text, expected in zip(("a", "the red dog"), together.tolist()):
+        finetune.main(["--task=reward", f"--init_from={tmp_path}/o", f"--predict={text}"])
+        assert float(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
+
+
+def test_advantages_are_their_definition():
+    rewards, values = torch.randn(2, 3, 9).double()
+    answered = torch.zeros(3, 9, dtype=torch.bool)
+    for row, (start, end) in enumerate([(2, 9), (0, 4), (5, 6)]):
+        answered[row, start:end] = True
+    rewards, values = rewards * answered, values * answered
+    found = finetune.advantages_of(rewards, values, answered)
+    gamma, lam = finetune.GAMMA, finetune.LAMBDA
+    for row in range(3):
+        steps = answered[row].nonzero()[:, 0].tolist()
+        for t in range(9):
+            expected = 0.0
+            for later in (s for s in steps if t in steps and s >= t):
+                following = values[row, later + 1] if later + 1 in steps else 0
+                delta = rewards[row, later] + gamma * following - values[row, later]
+                expected += (gamma * lam) ** (later - t) * delta
+            assert found[row, t].item() == pytest.approx(float(expected))
+
+
+def test_whitening_ignores_what_is_not_an_answer():
+    values, mask = torch.randn(4, 9) * 3 + 1, torch.rand(4, 9) < 0.5
+    white = finetune.whiten(values, mask)
+    assert white[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert white[mask].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    values[~mask] = 1e9
+    assert torch.equal(finetune.whiten(values, mask), white)
+    assert not white[~mask].any()
+
+
+def ppo_task(base, tmp_path, monkeypatch, reward, *flags):
+    monkeypatch.setattr(finetune, "load_reward", lambda path, machine: reward)
+    data = write_rows(tmp_path / "x.jsonl", asked(80))
+    monkeypatch.setattr(finetune, "MEASURED", 8)
+    return [
+        "--task=ppo",
+        f"--init_from={base}",
+        f"--data={data}",
+        f"--out_dir={tmp_path}/o",
+        "--device=cpu",
+        "--max_new_tokens=6",
+        "--batch_size=16",
+        *flags,
+    ]
+
+
+def share_of_e(conversations):
+    """A reward: how much of an answer is the letter e."""
+    answers = [conversation[-1]["content"] for conversation in conversations]
+    return torch.tensor([answer.count("e") / max(1, len(answer)) for answer in answers])
+
+
+def test_the_first_update_of_ppo_is_on_policy(base, tmp_path, monkeypatch):
+    flags = ppo_task(base, tmp_path, monkeypatch, share_of_e)
+    parsed = train.parse_flags(finetune.FinetuneConfig, "", flags)
+    config = finetune.FinetuneConfig(**parsed)
+    task = finetune.PPO(config, train.Machine(config), load_checkpoint(base), base)
+    task.prepare()
+    tensors, stats = task.experience(0)
+    idx, targets, log_probs, *_ = tensors
+    assert stats["kl"] == pytest.approx(0, abs=1e-5)
+    assert task.loss(*tensors)[1] == 0  # nothing is clipped
+    answered = targets != -100
+    torch.testing.assert_close(task.model(idx, targets)[0], log_probs)
+    # the state before a token is the one that predicts it
+    logits = task.gpt(idx).log_softmax(-1)
+    for row, t in answered.nonzero().tolist():
+        assert log_probs[row, t] == pytest.approx(logits[row, t, targets[row, t]].item(), abs=1e-5)
+        if t + 1 < idx.size(1) and answered[row, t + 1]:
+            assert idx[row, t + 1] == targets[row, t]
+
+
+def test_ppo_finds_the_reward(base, tmp_path, monkeypatch):
+    flags = ppo_task(base, tmp_path, monkeypatch, share_of_e, "--beta=0.01", "--max_kl=1e9")
+    finetune.main([*flags, "--max_iters=40", "--learning_rate=1e-2"])
+    with open(tmp_path / "o" / "metrics.csv", encoding="utf-8") as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.2
+
+
+def test_ppo_with_a_large_penalty_stays_at_the_reference(base, tmp_path, monkeypatch):
+    kls = []
+    for beta in ("0", "5"):
+        flags = ppo_task(base, tmp_path, monkeypatch, share_of_e, f"--beta={beta}", "--max_kl=1e9")
+        finetune.main([*flags, "--max_iters=40", "--learning_rate=3e-3"])
+        with open(tmp_path / "o" / "metrics.csv", encoding="utf-8") as file:
+            kls.append(sum(float(row["kl"]) for row in csv.DictReader(file)) / 40)
+    assert abs(kls[1]) < kls[0] / 4
+
+
+def test_ppo_stops_when_it_has_gone_too_far(base, tmp_path, monkeypatch, capsys):
+    flags = ppo_task(base, tmp_path, monkeypatch, share_of_e, "--beta=0", "--max_kl=0.05")
+    finetune.main([*flags, "--max_iters=30", "--learning_rate=3e-3"])
+    assert "--max_kl=0.05" in capsys.readouterr().out
+    assert len((tmp_path / "o" / "metrics.csv").read_text().splitlines()) < 30
+
+
+def test_resumed_ppo_is_uninterrupted_ppo(base, tmp_path, monkeypatch):
+    results = []
+    for name, steps in (("whole", [8]), ("parts", [4, 8])):
+        flags = ppo_task(base, tmp_path, monkeypatch, share_of_e, "--eval_interval=4")
+        flags = [*flags, f"--out_dir={tmp_path}/{name}", "--lr_decay_iters=8"]
+        finetune.main([*flags, f"--max_iters={steps[0]}"])
+        for n in steps[1:]:
+            out_dir = f"--out_dir={tmp_path}/{name}"
+            finetune.main(["--task=ppo", "--init_from=resume", out_dir, f"--max_iters={n}"])
+        results.append(torch.load(tmp_path / name / "last.pt", weights_only=True))
+    assert_equal(results[0]["model"], results[1]["model"])
+    assert_equal(results[0]["optimizer"], results[1]["optimizer"])
+
+
 BAD_EXAMPLES = {
     "x.jsonl: no column text (found: body, label)": ("classify", [{"body": "a", "label": "b"}]),
     "x.jsonl, line 2: the label is empty": (
@@ -1194,6 +1383,8 @@ BAD_EXAMPLES = {
     "line 1: there is no answer": ("instruct", [{"instruction": "a", "output": ""}]),
     "no column instruction or prompt": ("instruct", [{"output": "a"}]),
     "messages need a role": ("instruct", [{"messages": [{"role": "robot", "content": "a"}]}]),
+    "rejected is empty": ("dpo", [{"prompt": "a", "chosen": "b", "rejected": ""}]),
+    "no column rejected (found: prompt, chosen)": ("reward", [{"prompt": "a", "chosen": "b"}]),
     "give ctx, endings": ("choice", [{"ctx": "a", "endings": ["b"], "label": 0}]),
 }
 
