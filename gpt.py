@@ -9,9 +9,8 @@
 
 The architecture is GPT-2's (Radford et al. 2019): a decoder-only transformer (Vaswani et al. 2017,
 "Attention Is All You Need") with LayerNorm before each branch, learned positions and tanh GELU.
-Parameters bear the names of Hugging Face's GPT-2 (whose matrices are the transpose of these, but
-for the embeddings). Shapes in comments: B sequences in a batch,
-T tokens in each, C = n_embd channels.
+Parameters bear the names of Hugging Face's GPT-2 (whose matrices, but for the embeddings, are the
+transpose of these). Shapes in comments: B sequences in a batch, T tokens in each, C = n_embd channels.
 """
 
 import contextlib
@@ -90,7 +89,7 @@ class KVCache:
         self.position = 0  # tokens read so far, counted by GPT.hidden
 
     def extend(self, layer, keys_values):
-        """Appends those of new tokens, (2, B, n_head, T, head_size); returns all so far."""
+        """Stores those of new tokens, (2, B, n_head, T, head_size); returns those of all so far."""
         stored, end = self.layers[layer], self.position + keys_values.size(3)
         stored[:, :, :, self.position : end] = keys_values
         return stored[:, :, :, :end]
@@ -118,8 +117,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv
         if cache is not None:
             k, v = cache.extend(self.layer, qkv[1:])
-        S, mask = k.size(2), None
-        if 1 < T < S:  # is_causal would line up with the first key, but the last is what matters
+        S, mask = k.size(2), None  # S tokens so far, of which the T queries are the last
+        if 1 < T < S:  # is_causal counts from the first key: right only where all are new
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S > 1)
@@ -188,9 +187,9 @@ class GPT(nn.Module):
     def init_weights(self):
         """GPT-2's: N(0, 0.02), zero biases (Radford et al. 2018, section 4.1; 2019, section 2.3).
 
-        Where the head is a matrix of its own, the embeddings need not be small for its sake. Then
-        tokens begin at N(0, 1), so that the first steps cannot drown them; positions as sinusoids
-        (Vaswani et al. 2017, section 3.5), so that near and far look different from the start;
+        A tied wte is the output head, too, and must be small for the first logits to be small.
+        Untied, tokens begin at N(0, 1), which the first updates cannot swamp; positions as
+        sinusoids (Vaswani et al. 2017, section 3.5), so that near and far differ from the start;
         and the head at zero, so that the first loss is ln(vocab_size) exactly.
         """
         config, transformer = self.config, self.transformer
@@ -222,8 +221,8 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """idx (B, T) int64 -> (B, T, n_embd) after the final LayerNorm: what any head builds on.
 
-        With a KVCache, idx are the tokens after those that it holds, and it comes to hold them
-        too. Raises ValueError if there are more than block_size.
+        With a KVCache, idx continues the tokens read before, and is added to them. Raises
+        ValueError if there are more than block_size.
         """
         start = 0 if cache is None else cache.position
         x = self.embed(idx, start)
@@ -260,11 +259,11 @@ class GPT(nn.Module):
         top_p. A sequence that has met stop_token repeats it; when all have, the iterator ends.
         Call eval() first, or dropout is on. All n at once: torch.stack(list(...), dim=1).
         Learned positions cannot slide: when the context is full, the model reads its last half
-        again, as if the text began there. Of a prompt longer than block_size, the end counts.
+        again, as if the text began there. Of a longer prompt only the last block_size are read.
         """
         block_size = self.config.block_size
         new = idx[:, -block_size:]
-        read = [new]  # what the cache holds, or will, of each sequence
+        read = [new]  # the tokens since position 0, joined when the cache is full
         cache = KVCache(self, idx.size(0), min(block_size, new.size(1) + max_new_tokens))
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
         for _ in range(max_new_tokens):
@@ -274,7 +273,7 @@ class GPT(nn.Module):
             with torch.inference_mode():
                 logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, vocab_size)
                 token = sample(logits, temperature, top_k, top_p, generator)
-            token = token.clone()  # a tensor like any other, which autograd may work with
+            token = token.clone()  # leaves inference mode, whose tensors autograd refuses
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped = token == stop_token
@@ -307,13 +306,10 @@ class GPT(nn.Module):
 
         Parameters are replaced: make optimizers after this.
         """
-        kept = min(vocab_size, self.config.vocab_size)
-        for module in (self.transformer.wte, self.lm_head):
-            weight = module.weight.new_empty(vocab_size, self.config.n_embd).normal_(std=0.02)
-            weight[:kept] = module.weight[:kept]
-            module.weight = nn.Parameter(weight)
-        self.transformer.wte.num_embeddings = self.lm_head.out_features = vocab_size
-        self.config = replace(self.config, vocab_size=vocab_size)
+        self.config, wte = replace(self.config, vocab_size=vocab_size), self.transformer.wte
+        for module in (wte, self.lm_head):
+            module.weight = with_rows(module.weight, vocab_size)
+        wte.num_embeddings = self.lm_head.out_features = vocab_size
         self.tie_weights()
 
     @torch.no_grad()
@@ -322,11 +318,8 @@ class GPT(nn.Module):
 
         The table is replaced: make optimizers after this.
         """
-        wpe, kept = self.transformer.wpe, min(block_size, self.config.block_size)
-        weight = wpe.weight.new_empty(block_size, self.config.n_embd).normal_(std=0.02)
-        weight[:kept] = wpe.weight[:kept]
-        wpe.weight, wpe.num_embeddings = nn.Parameter(weight), block_size
-        self.config = replace(self.config, block_size=block_size)
+        self.config, wpe = replace(self.config, block_size=block_size), self.transformer.wpe
+        wpe.weight, wpe.num_embeddings = with_rows(wpe.weight, block_size), block_size
 
     def save_pretrained(self, folder, eos_token_id=None):
         """Writes the model as Hugging Face's GPT-2; eos_token_id is the one that ends a text."""
@@ -334,8 +327,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, **changes):
-        """The model of anything that load_checkpoint reads, "gpt2" and a folder of Hugging Face's
-        among it. For changes and errors see from_checkpoint."""
+        """Builds the model that load_checkpoint(name_or_path) finds, for instance "gpt2"; changes
+        and errors are as in from_checkpoint."""
         return cls.from_checkpoint(load_checkpoint(name_or_path), **changes)
 
     def checkpoint(self):
@@ -365,6 +358,14 @@ class GPT(nn.Module):
             raise ValueError(f"weights do not fit their config: {error}") from error
         model.tie_weights()
         return model.eval()
+
+
+def with_rows(weight, rows):
+    """The first rows of a table, and where it has fewer, N(0, 0.02) after them."""
+    table = weight.new_empty(rows, weight.size(1)).normal_(std=0.02)
+    kept = min(rows, len(weight))
+    table[:kept] = weight[:kept]
+    return nn.Parameter(table)
 
 
 def sinusoids(length, n_embd):
@@ -413,6 +414,7 @@ def keep_top_p(logits, p):
     probs = F.softmax(values, dim=-1)
     before = probs.cumsum(-1) - probs  # probability of all likelier tokens: 0 for the likeliest
     kept = values.masked_fill(before >= p, -math.inf)
+    kept[:, 0] = values[:, 0]  # one at least, however small p is
     return torch.empty_like(logits).scatter(-1, order, kept)
 
 
@@ -461,37 +463,37 @@ def replacing(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException as error:  # a full disk reaches us as RuntimeError
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, RuntimeError):
-            raise OSError(f"{path} could not be written; is the disk full?") from error
         raise
     os.replace(temporary, path)
 
 
 def save_checkpoint(path, checkpoint):
     """Writes what GPT.checkpoint returns, and more plain types and tensors, all or nothing."""
-    with replacing(pathlib.Path(path)) as file:
-        torch.save({"format": 1, **checkpoint}, file)
+    try:
+        with replacing(pathlib.Path(path)) as file:
+            torch.save({"format": 1, **checkpoint}, file)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{path} could not be written; is the disk full?") from error
 
 
 def load_checkpoint(path):
     """What save_checkpoint wrote: {"config", "model", ...}, tensors on the CPU.
 
-    path is a file or a run's folder (its best.pt, or last.pt while there is none). Other people's
-    models become such a dict, too: GPT-2 by its name (see HUB_MODELS), a folder in Hugging Face's
-    format, nanoGPT's ckpt.pt. Nothing in a file is executed. Raises OSError, or ValueError if it is
-    none of these.
+    path is a file or a run's folder (its best.pt, or last.pt while there is none). Also reads, into
+    the same dict, GPT-2 by name (see HUB_MODELS), a folder of Hugging Face's, nanoGPT's ckpt.pt.
+    Nothing in a file is executed. Raises OSError, or ValueError if it is none of these.
     """
-    if path in HUB_MODELS and not os.path.exists(path):
-        path = download_gpt2(path)
+    if str(path) in HUB_MODELS and not os.path.exists(path):
+        path = download_gpt2(str(path))
     path = pathlib.Path(path)
-    if path.suffix == ".safetensors" or (path / "config.json").exists():
-        return load_huggingface(path if path.is_dir() else path.parent)
     if path.is_dir():
-        names = [path / "best.pt", path / "last.pt", path / "ckpt.pt"]
-        path = next((name for name in names if name.exists()), names[0])
+        names = ("best.pt", "last.pt", "ckpt.pt", "model.safetensors", "config.json")
+        path = next((path / name for name in names if (path / name).exists()), path / names[0])
+    if path.name in ("model.safetensors", "config.json"):
+        return load_huggingface(path.parent)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes one")
     try:
@@ -501,7 +503,7 @@ def load_checkpoint(path):
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint, or damaged ({error!r:.90})") from error
     match checkpoint:
-        # int(): what is compared could be a tensor
+        # int(): a damaged file may have a tensor here, and comparing that gives no bool
         case {"format": int(version), "config": dict(), "model": dict()} if version == 1:
             return checkpoint
         case {"model": dict(weights), "model_args": dict(config)}:
@@ -520,7 +522,7 @@ def from_nanogpt(weights, config):
 # --- Hugging Face's format ------------------------------------------------------------------------
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-HUGGING_FACE_NAMES = {  # in config.json, of what is in GPTConfig
+HUGGING_FACE_NAMES = {  # a field of GPTConfig: its name in config.json
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
     "n_layer": "n_layer",
@@ -529,7 +531,7 @@ HUGGING_FACE_NAMES = {  # in config.json, of what is in GPTConfig
     "tie_weights": "tie_word_embeddings",
     "bias": "bias",  # our addition: others ignore it and read biases of zero
 }
-ARCHITECTURE = {  # what else a config.json may say, and all that this file computes
+ARCHITECTURE = {  # settings that GPTConfig lacks: the only values that this file can compute
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -543,7 +545,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "U8": torch.uint8,  # this and the next in masks, which are not read
+    "U8": torch.uint8,  # this and the next: in causal masks, which are skipped
     "BOOL": torch.bool,
 }
 
@@ -570,15 +572,16 @@ def load_huggingface(folder):
         if not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"
         if name.endswith(TRANSPOSED):
-            tensor = tensor.t()
+            tensor = tensor.mT  # a view: the file's layout suits the processor as well
         weights[name] = tensor.float()
     if config["tie_weights"] and "transformer.wte.weight" in weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    if config.get("bias") is False:  # unless they have been trained elsewhere since
-        biases = [name for name in weights if name.endswith(".bias")]
-        config["bias"] = any(weights[name].any() for name in biases)
-        for name in [] if config["bias"] else biases:
-            del weights[name]
+    if config.get("bias") is False:  # they are zeros of ours, unless trained elsewhere since
+        biases = {name for name in weights if name.endswith(".bias")}
+        if any(weights[name].any() for name in biases):
+            config["bias"] = True
+        else:
+            weights = {name: weights[name] for name in weights if name not in biases}
     return {"format": 1, "config": config, "model": weights}
 
 
@@ -600,7 +603,9 @@ def read_safetensors(path):
             position = data_start
             for name, entry in entries:
                 start, end = entry["data_offsets"]
-                if not all(type(n) is int and n > 0 for n in (*entry["shape"], end)):
+                if not all(type(n) is int for n in (*entry["shape"], start, end)):
+                    raise ValueError(f"{name} has numbers that are none")
+                if min([*entry["shape"], end]) < 1:
                     raise ValueError(f"{name} has an impossible shape")
                 if entry["dtype"] not in DTYPES:
                     raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
@@ -612,20 +617,13 @@ def read_safetensors(path):
                 raise ValueError(f"its tensors end at byte {position} of {size}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged, or no safetensors file ({error!s:.200})") from error
-        for name, entry in entries:
-            start, end = (data_start + offset for offset in entry["data_offsets"])
-            yield name, map_tensor(file, DTYPES[entry["dtype"]], entry["shape"], start, end)
-
-
-def map_tensor(file, dtype, shape, start, end):
-    """A tensor whose memory is bytes start to end of file; what is written to it stays with us."""
-    skipped = start % mmap.ALLOCATIONGRANULARITY
-    data = mmap.mmap(
-        file.fileno(), end - start + skipped, access=mmap.ACCESS_COPY, offset=start - skipped
-    )
-    if start % dtype.itemsize:  # not where the processor wants it
-        data, skipped = bytearray(data[skipped:]), 0
-    return torch.frombuffer(data, dtype=dtype, offset=skipped).view(shape)
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what is written stays ours
+    for name, entry in entries:
+        dtype, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
+        start = data_start + entry["data_offsets"][0]
+        tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=start)
+        aligned = tensor if start % dtype.itemsize == 0 else tensor.clone()
+        yield name, aligned.view(entry["shape"])
 
 
 def save_huggingface(folder, model, eos_token_id):

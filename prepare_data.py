@@ -402,9 +402,9 @@ def train_bpe(texts, vocab_size):
     heapq.heapify(heap)
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and len(tokens) < vocab_size:
-        claimed, pair = heapq.heappop(heap)
+        queued, pair = heapq.heappop(heap)
         count = pair_counts[pair]
-        if count < -claimed:  # other merges have used some up since: queue it again
+        if count < -queued:  # other merges have used some up since: queue it again
             heapq.heappush(heap, (-count, pair))
             continue
         if count < 2:
@@ -428,8 +428,8 @@ def train_bpe(texts, vocab_size):
 def changed_pairs(piece, pair, new):
     """Yields (pair before, pair now) for the neighbours of new, which has replaced pair in piece.
 
-    >>> list(changed_pairs("xNy", "ab", "N"))
-    [('xa', 'xN'), ('by', 'Ny')]
+    >>> list(changed_pairs("xNNy", "ab", "N"))
+    [('xa', 'xN'), ('ba', 'NN'), ('by', 'Ny')]
     """
     left, right = pair
     at = piece.find(new)
@@ -493,12 +493,12 @@ def build_tokenizer(spec):
     try:
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(spec["tokens"])}
         special = {name: len(ranks) + i for i, name in enumerate(spec["special_tokens"])}
-        if len(ranks) < len(spec["tokens"]) or not all(
-            bytes([byte]) in ranks for byte in range(256)
-        ):
-            raise ValueError("not all bytes, or a token twice")
-        if special[END_OF_TEXT] >= len(ranks) + len(special):
-            raise ValueError("a special token twice")
+        if not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError("not all bytes are tokens")
+        if len(ranks) < len(spec["tokens"]) or len(special) < len(spec["special_tokens"]):
+            raise ValueError("a token twice")
+        if END_OF_TEXT not in special or not all(isinstance(name, str) for name in special):
+            raise ValueError(f"no {END_OF_TEXT}, or special tokens that are no text")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"damaged tokenizer ({error!r:.90})") from error
     return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
@@ -515,9 +515,9 @@ def default_template(tokenizer):
 def chat_parts(messages, tokenizer, template):
     """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...].
 
-    Answers, which end with <|endoftext|>, are encoded apart from what comes before, as they are
-    when the model makes them. To let it make one, leave out the last part of a conversation that
-    ends with an assistant's message.
+    An answer, which <|endoftext|> ends, is encoded on its own, never merged with what comes before,
+    since that is how the model will write it. For a prompt, append an empty answer to the
+    conversation and drop the last part.
     """
     parts = []
     for message in messages:
@@ -536,12 +536,13 @@ def chat_parts(messages, tokenizer, template):
 
 # --- tokenizers in Hugging Face's format ----------------------------------------------------------
 
-GPT2_DIGEST = "00784030c74dea3434d6e7ea73408a45e82b13c5830e98b7245787c66867d78b"  # of the tokens of its vocab.json, in our spec
+# SHA-256 of the tokens of GPT-2, as read_tokenizer joins them
+GPT2_DIGEST = "00784030c74dea3434d6e7ea73408a45e82b13c5830e98b7245787c66867d78b"
 
 
 def byte_characters():
-    """The printable character that stands for each byte in vocab.json: where Latin-1 has one, that;
-    for the others, blanks among them, those from 256 on."""
+    """The printable character for each byte, as vocab.json spells them: Latin-1's where that is
+    visible, else (blanks, controls) the next one from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = itertools.count(256)
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -550,11 +551,12 @@ def byte_characters():
 def save_tokenizer(spec, folder, block_size):
     """Writes vocab.json, merges.txt and tokenizer_config.json into folder.
 
-    The merges are found again: a token, encoded with only those before it, falls into the two that
-    it was made of. Raises ValueError for tokenizers that cut text in another way than GPT-2's.
+    tiktoken keeps no merges. They are recovered: a token, encoded with only those before it, falls
+    into the two that it was merged from. Raises ValueError for tokenizers not of GPT-2's kind.
     """
     tokenizer = build_tokenizer(spec)
-    if tokenizer._pat_str != SPLIT:
+    contiguous = max(tokenizer._mergeable_ranks.values()) < len(tokenizer._mergeable_ranks)
+    if tokenizer._pat_str != SPLIT or not contiguous:
         raise ValueError(f"tokenizer {tokenizer.name}: not of GPT-2's kind, so there is no export")
     characters, ranks, merges = byte_characters(), {}, ["#version: 0.2"]
 
@@ -590,33 +592,37 @@ def save_tokenizer(spec, folder, block_size):
 def read_tokenizer(folder):
     """The spec of a folder's vocab.json and merges.txt, or tokenizer.json; None if it has neither.
 
-    Raises ValueError where tokens do not stand in the order: bytes, merges, special tokens.
+    Raises ValueError where it cuts text in another way than GPT-2's, or its tokens do not stand in
+    this order: bytes, merges, special tokens.
     """
-    path = pathlib.Path(folder, "vocab.json")
+    folder = pathlib.Path(folder)
     try:
-        if path.exists():
-            vocab = parse_json(path.read_bytes(), path)
-            path = path.with_name("merges.txt")
-            lines = decode(path.read_bytes(), path).split("\n")
-            merges = [line for line in lines if line and not line.startswith("#version")]
-        elif (path := pathlib.Path(folder, "tokenizer.json")).exists():
-            whole = parse_json(path.read_bytes(), path)
-            added = {token["content"]: token["id"] for token in whole["added_tokens"]}
-            vocab, merges = whole["model"]["vocab"] | added, whole["model"]["merges"]
+        if (folder / "vocab.json").exists():
+            vocab = parse_json((folder / "vocab.json").read_bytes(), "vocab.json")
+            lines = decode((folder / "merges.txt").read_bytes(), "merges.txt").split("\n")
+            merges = [line.rstrip("\r").split(" ") for line in lines if line.strip()]
+            merges = merges[merges[:1] == [["#version:", "0.2"]] :]
+        elif (folder / "tokenizer.json").exists():
+            whole = parse_json((folder / "tokenizer.json").read_bytes(), "tokenizer.json")
+            before = whole.get("pre_tokenizer") or {"type": None}
+            if (before["type"], whole.get("normalizer")) != ("ByteLevel", None):
+                raise ValueError("it does not cut text as GPT-2's does")
+            vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+            vocab |= {token["content"]: token["id"] for token in whole["added_tokens"]}
+            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
         else:
             return None
-        merged = ["".join(m.split(" ") if isinstance(m, str) else m) for m in merges]
         bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
-        names = sorted(vocab, key=vocab.get)
+        names, merged = sorted(vocab, key=vocab.get), ["".join(pair) for pair in merges]
         count = 256 + len(merged)
-        if [vocab[name] for name in names] != list(range(len(names))):
-            raise ValueError("token ids with gaps")
-        if set(names[:256]) != set(bytes_of) or names[256:count] != merged:
-            raise ValueError("not the order: bytes, merges, special tokens")
+        in_order = set(names[:256]) == set(bytes_of) and names[256:count] == merged
+        if not in_order or [vocab[name] for name in names] != list(range(len(names))):
+            raise ValueError("its tokens do not stand in the order bytes, merges, special tokens")
         tokens = [bytes(bytes_of[c] for c in name).decode("latin-1") for name in names[:count]]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: no tokenizer of GPT-2's kind ({error!r:.90})") from error
-    if hashlib.sha256("\n".join(tokens).encode()).hexdigest() == GPT2_DIGEST:
+        raise ValueError(f"{folder}: the tokenizer cannot be read ({error})") from error
+    digest = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+    if (digest, names[count:]) == (GPT2_DIGEST, [END_OF_TEXT]):
         return {"name": "gpt2"}
     return {"name": "bpe", "tokens": tokens, "special_tokens": names[count:]}
 

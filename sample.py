@@ -8,6 +8,7 @@ python sample.py --init_from=out/instruct --chat            # a conversation
 python sample.py --init_from=out --save_pretrained=mine     # for transformers and its kin
 """
 
+import argparse
 import codecs
 import contextlib
 import pathlib
@@ -37,10 +38,17 @@ def read_prompt(start):
         try:
             start = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 at byte {error.start}")
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
     if not start:
         raise ValueError("--start is empty; omit it to begin a new document")
     return start
+
+
+def seed(text):
+    """An argparse type: a whole number that fits 63 bits."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number below 2**63, not {text!r}")
+    return int(text)
 
 
 class TextDecoder:
@@ -61,19 +69,32 @@ class TextDecoder:
 
 
 def load_model(path, device):
-    """-> (model, its vocabulary cropped to the tokenizer's; tokenizer; checkpoint with its spec)."""
+    """-> model, tokenizer, checkpoint. The model's vocabulary is cropped to the tokenizer's, whose
+    spec is checkpoint["tokenizer"]."""
     checkpoint = load_checkpoint(path)
     try:
         model = GPT.from_checkpoint(checkpoint)
         checkpoint["tokenizer"] = tokenizer_of(checkpoint, path)
         tokenizer = build_tokenizer(checkpoint["tokenizer"])
         if model.config.vocab_size < tokenizer.n_vocab:
-            raise ValueError(f"{tokenizer.n_vocab} tokens, but the model knows fewer")
+            known = model.config.vocab_size
+            raise ValueError(f"{tokenizer.n_vocab} tokens, of which the model knows {known}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if model.config.vocab_size > tokenizer.n_vocab:
         model.resize_vocab(tokenizer.n_vocab)
     return model.to(device), tokenizer, checkpoint
+
+
+def new_generator(args, device):
+    return torch.Generator(device).manual_seed(args.seed)
+
+
+def generate(model, prompts, args, end, generator):
+    """GPT.generate for prompts of one length, lists of tokens, as the flags say."""
+    idx = torch.tensor(prompts, device=model.transformer.wte.weight.device)
+    how = (args.temperature, args.top_k, args.top_p, end, generator)
+    return model.generate(idx, args.max_new_tokens, *how)
 
 
 def write_samples(model, tokenizer, prompt, args):
@@ -87,16 +108,7 @@ def write_samples(model, tokenizer, prompt, args):
             f"{model.config.block_size}",
             file=sys.stderr,
         )
-    idx = torch.tensor([tokens] * args.num_samples, device=device)
-    steps = model.generate(
-        idx,
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        stop_token=end,
-        generator=torch.Generator(device).manual_seed(args.seed),
-    )
+    steps = generate(model, [tokens] * args.num_samples, args, end, new_generator(args, device))
     decoders = [TextDecoder(tokenizer) for _ in range(args.num_samples)]
     texts = [prompt or ""] * args.num_samples
     made = 0
@@ -117,8 +129,8 @@ def write_samples(model, tokenizer, prompt, args):
 
 
 def prompt_of(messages, tokenizer, template, limit):
-    """A conversation -> the tokens after which its next answer comes, limit at most: the oldest
-    exchanges are left out."""
+    """The tokens of a conversation up to where the next answer begins. The oldest exchanges are
+    dropped until they fit limit."""
     messages = [*messages, {"role": "assistant", "content": ""}]
     while True:
         parts = chat_parts(messages, tokenizer, template)[:-1]
@@ -132,8 +144,7 @@ def chat(model, tokenizer, template, args):
     """Answers what is typed, line by line. Ctrl-C ends an answer, Ctrl-D the conversation."""
     device, block_size = model.transformer.wte.weight.device, model.config.block_size
     end = tokenizer.encode_single_token(END_OF_TEXT)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    messages = []
+    generator, messages = new_generator(args, device), []
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -144,20 +155,12 @@ def chat(model, tokenizer, template, args):
         prompt = prompt_of(messages, tokenizer, template, block_size - room)
         decoder, answer = TextDecoder(tokenizer), ""
         with contextlib.suppress(KeyboardInterrupt):
-            for step in model.generate(
-                torch.tensor([prompt], device=device),
-                args.max_new_tokens,
-                args.temperature,
-                args.top_k,
-                args.top_p,
-                stop_token=end,
-                generator=generator,
-            ):
-                part = decoder.decode(int(step)) if int(step) != end else decoder.rest()
-                answer += part
-                print(part, end="", flush=True)
-        print()
-        messages.append({"role": "assistant", "content": answer})
+            for step in generate(model, [prompt], args, end, generator):
+                if int(step) != end:
+                    answer += (part := decoder.decode(int(step)))
+                    print(part, end="", flush=True)
+        print(rest := decoder.rest())
+        messages.append({"role": "assistant", "content": answer + rest})
 
 
 @script
@@ -171,7 +174,7 @@ def main(argv=None):
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     add("--top_k", type=int, default=200, help="choose among the k likeliest tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="... among those that reach probability p")
-    add("--seed", type=int, default=1337, help="the same seed writes the same text")
+    add("--seed", type=seed, default=1337, help="the same seed writes the same text")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
     add("--chat", action="store_true", help="a conversation with a model that finetune.py has made")
     add("--save_pretrained", metavar="FOLDER", help="write no text, but the model for transformers")
@@ -182,12 +185,14 @@ def main(argv=None):
         raise ValueError(f"--top_k={args.top_k}: must be 0 or more")
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top_p={args.top_p}: must be above 0 and at most 1")
+    if args.start is not None and (args.chat or args.save_pretrained is not None):
+        raise ValueError("--start is for text, not for --chat or --save_pretrained")
     prompt = None if args.start is None else read_prompt(args.start)
     model, tokenizer, checkpoint = load_model(args.init_from, pick_device(args.device))
     if args.chat:
         chat(model, tokenizer, checkpoint.get("template") or default_template(tokenizer), args)
         return
-    if args.save_pretrained:
+    if args.save_pretrained is not None:
         save_tokenizer(checkpoint["tokenizer"], args.save_pretrained, model.config.block_size)
         model.save_pretrained(args.save_pretrained, tokenizer.encode_single_token(END_OF_TEXT))
         print(f"wrote model and tokenizer to {args.save_pretrained}")
