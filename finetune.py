@@ -108,6 +108,8 @@ class FinetuneConfig(RunConfig):
                 known = ", ".join(filter(None, allowed))
                 raise ValueError(f"--{name}={getattr(self, name)}: unknown; there are {known}")
         task = TASKS[self.task]
+        if self.predict is not None and not hasattr(task, "predict"):
+            raise ValueError("--predict is for --task=classify and --task=reward")
         if self.train == "head" and not task.has_head:
             raise ValueError("--train=head: this task has no head of its own; there is last_block")
         defaults = {"out_dir": f"out/{self.task}", "log_interval": 50, **task.defaults}
@@ -344,13 +346,28 @@ class Task:
         self.spec = tokenizer_of(checkpoint, path)
         self.tokenizer = build_tokenizer(self.spec)
         self.end = self.tokenizer.encode_single_token(END_OF_TEXT)
-        self.gpt = self.model = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
-        if self.gpt.config.vocab_size < self.tokenizer.n_vocab:
-            raise ValueError(f"{path}: {self.tokenizer.n_vocab} tokens, but the model knows fewer")
+        try:
+            self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
+            if self.gpt.config.vocab_size < self.tokenizer.n_vocab:
+                raise ValueError(f"{self.tokenizer.n_vocab} tokens, but the model knows fewer")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         self.block_size = config.block_size or self.gpt.config.block_size
         self.template = config.template or default_template(self.tokenizer)
         self.cut = 0  # examples too long for it
-        self.load()
+        self.labels = checkpoint.get("labels")  # of a classifier
+        is_ready = config.predict is not None or config.eval_only
+        if self.has_head and is_ready and checkpoint.get("task") != config.task:
+            raise ValueError(f"{path}: has no head for this; --task={config.task} trains one")
+        if config.predict is None:
+            self.load()
+        self.model = self.make_model()
+        if self.has_head and is_ready:
+            self.model.head.load_state_dict(checkpoint["head"])
+
+    def make_model(self):
+        """What is trained: a module that makes the loss of a batch."""
+        return self.gpt
 
     def load(self):
         """Reads the examples and makes numbers of them."""
@@ -377,6 +394,8 @@ class Task:
         if not counts["val"] or not (counts["train"] or config.eval_only):
             raise ValueError(f"{config.data or self.file}: too few examples {counts}")
         print(f"examples: {counts}; {self.cut} of them were cut to {self.block_size} tokens")
+        # stands for the examples: a resumed run must have the same
+        self.digest = hashlib.sha256(repr(self.encoded).encode()).hexdigest()
 
     def split(self, files):
         return split_examples(files, self.fractions)
@@ -421,20 +440,18 @@ class Task:
 
     def best(self):
         whole = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
-        return {**whole, "tokenizer": self.spec, "task": self.config.task}
+        head = {"head": self.model.head.state_dict()} if self.has_head else {}
+        how = {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
+        return {**whole, **head, **how}
 
     def last(self):
         weights = {name: parameter.detach() for name, parameter in self.trained().items()}
-        config, digest = asdict(self.gpt.config), self.digest()
-        return {"config": config, "model": weights, "base": self.base, "data_digest": digest}
-
-    def digest(self):
-        """Stands for the examples: a resumed run must have the same."""
-        return hashlib.sha256(repr(self.encoded).encode()).hexdigest()
+        config = asdict(self.gpt.config)
+        return {"config": config, "model": weights, "base": self.base, "data_digest": self.digest}
 
     def resume(self, saved, path):
         """Takes the weights of an interrupted run."""
-        if saved.get("data_digest") != self.digest():
+        if saved.get("data_digest") != self.digest:
             raise ValueError(f"{path}: the examples are not those of that run")
         shapes = {name: parameter.shape for name, parameter in self.trained().items()}
         if {name: tensor.shape for name, tensor in saved["model"].items()} != shapes:
@@ -447,7 +464,7 @@ class Task:
         for name, parameter in self.gpt.named_parameters():
             if name.endswith("lora_B"):  # it is in the weights already
                 nn.init.zeros_(parameter)
-        if isinstance(self.model, WithHead):
+        if self.has_head:
             self.model.head.load_state_dict(best["head"])
 
 
@@ -515,20 +532,12 @@ class Classify(Task):
     fractions: ClassVar = {"val": 0.1, "test": 0.2}
     file = "classify.jsonl"
 
-    def __init__(self, config, machine, checkpoint, path):
-        self.header = (config.label_field, config.text_field)
-        self.labels = checkpoint.get("labels")
-        is_ready = config.predict is not None or config.eval_only
-        if is_ready and checkpoint.get("task") != "classify":
-            raise ValueError(f"{path}: not a classifier; --task=classify trains one")
-        super().__init__(config, machine, checkpoint, path)
-        self.model = Classifier(self.gpt, len(self.labels), config.lm_weight)
-        if is_ready:
-            self.model.head.load_state_dict(checkpoint["head"])
+    @property
+    def header(self):
+        return (self.config.label_field, self.config.text_field)
 
-    def load(self):
-        if self.config.predict is None:
-            super().load()
+    def make_model(self):
+        return Classifier(self.gpt, len(self.labels), self.config.lm_weight)
 
     def parse(self, row, where):
         text = text_of(row, [self.config.text_field], where)
@@ -589,7 +598,7 @@ class Classify(Task):
         return {"val_loss": F.nll_loss(probs.log(), labels).item(), "val_accuracy": accuracy}
 
     def best(self):
-        return {**super().best(), "labels": self.labels, "head": self.model.head.state_dict()}
+        return {**super().best(), "labels": self.labels}
 
     def report(self, folder):
         """Prints accuracy, macro F1 and confusion of each split; writes predictions.csv."""
@@ -686,9 +695,6 @@ class Instruct(Task):
 
     def parts(self, messages):
         return chat_parts(messages, self.tokenizer, self.template)
-
-    def best(self):
-        return {**super().best(), "template": self.template}
 
     def collate(self, encoded):
         """[(idx, targets)] -> (B, T), (B, T)."""
@@ -839,9 +845,8 @@ class DPO(Preferences):
     defaults: ClassVar = {"batch_size": 8, "learning_rate": 5e-5, "epochs": 2.0, "beta": 0.1}
     columns = ("val_loss", "val_accuracy", "val_margin", "val_chosen", "val_rejected")
 
-    def __init__(self, config, machine, checkpoint, path):
-        super().__init__(config, machine, checkpoint, path)
-        self.model = DPOModel(self.gpt, config.beta)
+    def make_model(self):
+        return DPOModel(self.gpt, self.config.beta)
 
     def prepare(self):
         super().prepare()
@@ -904,18 +909,8 @@ class Reward(Preferences):
     defaults: ClassVar = {"batch_size": 8, "learning_rate": 3e-4, "epochs": 2.0}
     columns, has_head = ("val_loss", "val_accuracy", "val_chosen", "val_rejected"), True
 
-    def __init__(self, config, machine, checkpoint, path):
-        is_ready = config.predict is not None or config.eval_only
-        if is_ready and checkpoint.get("task") != "reward":
-            raise ValueError(f"{path}: not a reward model; --task=reward trains one")
-        super().__init__(config, machine, checkpoint, path)
-        self.model = RewardModel(self.gpt)
-        if is_ready:
-            self.model.head.load_state_dict(checkpoint["head"])
-
-    def load(self):
-        if self.config.predict is None:
-            super().load()
+    def make_model(self):
+        return RewardModel(self.gpt)
 
     def encode(self, example):
         """The tokens of the conversation with the chosen answer, then with the rejected one."""
@@ -961,9 +956,8 @@ class Reward(Preferences):
         return dict(zip(self.columns, (value.mean().item() for value in values)))
 
     def best(self):
-        head = {name: tensor.clone() for name, tensor in self.model.head.state_dict().items()}
-        head["bias"] -= self.measure("train").mean().to(head["bias"].device)
-        return {**super().best(), "head": head, "template": self.template}
+        best, mean = super().best(), self.measure("train").mean().to(self.machine.device)
+        return {**best, "head": {**best["head"], "bias": best["head"]["bias"] - mean}}
 
     def report(self, folder):
         for split in ("train", "val"):
@@ -1066,11 +1060,10 @@ class PPO(Task):
     columns = ("val_loss", "val_score", "val_kl", *stats)
     file = "preference.jsonl"
 
-    def __init__(self, config, machine, checkpoint, path):
-        super().__init__(config, machine, checkpoint, path)
-        self.model = ActorCritic(self.gpt)
-        self.reference = copy.deepcopy(self.gpt).to(machine.device).requires_grad_(False)
-        self.score = load_reward(config.reward_model, machine)
+    def make_model(self):
+        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
+        self.score = load_reward(self.config.reward_model, self.machine)
+        return ActorCritic(self.gpt)
 
     def parse(self, row, where):
         row = {name: value for name, value in row.items() if name != "output"}

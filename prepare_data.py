@@ -312,15 +312,16 @@ def manual_examples():
     which no split divides.
 
     classify: a docstring, and the package it is from, one of those that have many modules.
-    instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring.
-    preference: the same, and as a worse answer the sentence of something in another module.
+    instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring; for every second
+    of them also a question whose answer lies in the name.
+    preference: an explanation, and as a worse one that of something in another module.
     """
     by_package, by_module = collections.defaultdict(list), collections.defaultdict(list)
     for module, title, text in library_docstrings():
         by_package[module.split(".")[0]].append({"text": clean(text), "group": module})
         name, sentence = title.split("(")[0], first_sentence(clean(text))
         if "._" not in name and 20 <= len(sentence) <= 200 and len(title) <= 100:
-            by_module[module].append((f"Explain {title}.", sentence))
+            by_module[module].append((title, sentence))
     examples = {"classify": [], "instruct": [], "preference": []}
     for package, found in by_package.items():
         modules = collections.Counter()
@@ -333,12 +334,18 @@ def manual_examples():
                 examples["classify"].append({**example, "label": package})
     modules = sorted(by_module, key=position)  # so the other module is in the same split, mostly
     for module, other in zip(modules, modules[1:] + modules[:1]):
-        for (prompt, sentence), (_, worse) in zip(
-            by_module[module], itertools.cycle(by_module[other])
-        ):
-            shared = {"group": module, "instruction": prompt}
+        pairs = zip(by_module[module], itertools.cycle(by_module[other]))
+        for i, ((title, sentence), (_, worse)) in enumerate(pairs):
+            shared = {"group": module, "instruction": f"Explain {title}."}
             examples["instruct"].append({**shared, "output": sentence})
             examples["preference"].append({**shared, "chosen": sentence, "rejected": worse})
+            name, _, arguments = title.removesuffix(")").partition("(")
+            if i % 4 == 1:
+                question, answer = f"Where is {name}?", f"In the module {module}."
+                examples["instruct"].append({**shared, "instruction": question, "output": answer})
+            elif i % 4 == 3 and arguments:
+                question, answer = f"What does {name}({arguments}) take?", f"It takes {arguments}."
+                examples["instruct"].append({**shared, "instruction": question, "output": answer})
     return examples
 
 
