@@ -74,8 +74,8 @@ class FinetuneConfig(RunConfig):
     lora_alpha: float = option(16.0, "LoRA's part is scaled by alpha / rank", fixed=True)
     lora_dropout: float = option(0.0, "on what LoRA's part reads", fixed=True)
     block_size: int | None = option(None, "another context; new positions are trained", fixed=True)
-    dropout: float = option(0.0, "on embeddings and residual branches", fixed=True)
-    # where None stands, see the task
+    # where None stands, see the task's defaults
+    dropout: float | None = option(None, "on embeddings and residual branches", fixed=True)
     batch_size: int | None = option(None, "examples in a micro-batch", fixed=True)
     learning_rate: float | None = option(None, "the highest, at the end of warmup")
     epochs: float | None = option(None, "passes through the examples", fixed=True)
@@ -112,7 +112,8 @@ class FinetuneConfig(RunConfig):
             raise ValueError("--predict is for --task=classify and --task=reward")
         if self.train == "head" and not task.has_head:
             raise ValueError("--train=head: this task has no head of its own; there is last_block")
-        defaults = {"out_dir": f"out/{self.task}", "log_interval": 50, **task.defaults}
+        defaults = {"out_dir": f"out/{self.task}", "log_interval": 50, "dropout": 0.0}
+        defaults |= task.defaults
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -673,8 +674,8 @@ class Instruct(Task):
 
     defaults: ClassVar = {
         "batch_size": 8,
-        "learning_rate": 1e-3,
-        "epochs": 3.0,
+        "learning_rate": 5e-4,
+        "epochs": 2.0,
         "max_new_tokens": 128,
     }
     columns = ("val_loss", "val_perplexity")
@@ -842,7 +843,7 @@ class DPO(Preferences):
     """Makes the chosen answers likelier than the rejected, without going far from the reference,
     which is the model at the start."""
 
-    defaults: ClassVar = {"batch_size": 8, "learning_rate": 5e-5, "epochs": 2.0, "beta": 0.1}
+    defaults: ClassVar = {"batch_size": 8, "learning_rate": 1e-4, "epochs": 3.0, "beta": 0.1}
     columns = ("val_loss", "val_accuracy", "val_margin", "val_chosen", "val_rejected")
 
     def make_model(self):
@@ -906,7 +907,12 @@ class RewardModel(WithHead):
 class Reward(Preferences):
     """Scores answers, the better the higher; the mean of those in training is 0."""
 
-    defaults: ClassVar = {"batch_size": 8, "learning_rate": 3e-4, "epochs": 2.0}
+    defaults: ClassVar = {
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "epochs": 3.0,
+        "dropout": 0.2,
+    }
     columns, has_head = ("val_loss", "val_accuracy", "val_chosen", "val_rejected"), True
 
     def make_model(self):
