@@ -618,6 +618,8 @@ class Classify(Task):
         print(f"{split}: rows are labels, columns predictions, in the same order")
         for label, row in zip(self.labels, confusion.tolist()):
             print(f"{label:{width}}", *(f"{n:5}" for n in row))
+        if folder:
+            draw_confusion(confusion, self.labels, folder / "confusion.png")
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["text", "label", "predicted", "probability"])
@@ -664,6 +666,26 @@ def set_positions(examples, seed):
 def confusion_matrix(predicted, labels, n):
     """(n, n): how many examples of each label, by row, were predicted to have which, by column."""
     return torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
+
+
+def draw_confusion(confusion, labels, path):
+    """Draws it as a picture, where there is matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(2 + len(labels) / 2, 2 + len(labels) / 2), layout="constrained")
+    panel = figure.subplots()
+    confusion = confusion.numpy()
+    panel.imshow(confusion / confusion.sum(1, keepdims=True).clip(1), vmin=0, cmap="Blues")
+    for (row, column), count in np.ndenumerate(confusion):
+        panel.text(column, row, count, ha="center", va="center", fontsize=8)
+    panel.set_xticks(range(len(labels)), labels, rotation=90)
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set(xlabel="predicted", ylabel="label")
+    temporary = path.with_name("confusion.tmp.png")
+    figure.savefig(temporary, dpi=100)
+    temporary.replace(path)
 
 
 # --- following instructions -----------------------------------------------------------------------
@@ -1055,7 +1077,7 @@ class PPO(Task):
 
     defaults: ClassVar = {
         "batch_size": 32,
-        "learning_rate": 1e-4,
+        "learning_rate": 3e-5,
         "max_iters": 100,
         "eval_interval": 10,
         "log_interval": 1,

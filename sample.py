@@ -5,16 +5,21 @@ python sample.py --init_from=out/book --start="It was a"    # goes on from there
 python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.7 --top_p=0.9
 python sample.py --init_from=gpt2 --start="It was a"        # OpenAI's GPT-2
 python sample.py --init_from=out/instruct --chat            # a conversation
+python sample.py --start="# os.path." --surprise            # what it expected
+python sample.py --start="# os.path." --attention=attention.png
 python sample.py --init_from=out --save_pretrained=mine     # for transformers and its kin
 """
 
 import argparse
 import codecs
 import contextlib
+import math
+import os
 import pathlib
 import sys
 import time
 
+import numpy as np
 import torch
 
 from gpt import GPT, load_checkpoint, pick_device
@@ -163,6 +168,51 @@ def chat(model, tokenizer, template, args):
         messages.append({"role": "assistant", "content": answer + rest})
 
 
+def draw_attention(model, tokenizer, text, path):
+    """Draws who looks at whom in text, a panel for each layer and head."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--attention needs matplotlib: pip install matplotlib") from error
+    tokens = tokenizer.encode_ordinary(text)[: min(64, model.config.block_size)]
+    idx = torch.tensor([tokens], device=model.transformer.wte.weight.device)
+    maps = model.attention_maps(idx)[:, 0].cpu().numpy()  # (n_layer, n_head, T, T)
+    layers, heads = maps.shape[:2]
+    names = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]
+    side = max(2, len(tokens) / 7)
+    figure = Figure(figsize=(side * heads, side * layers), layout="constrained")
+    for (layer, head), panel in np.ndenumerate(figure.subplots(layers, heads, squeeze=False)):
+        panel.imshow(maps[layer, head], vmin=0, cmap="Blues")
+        panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
+        panel.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+        panel.set_yticks(range(len(names)), names, fontsize=6)
+    figure.supxlabel("is looked at")
+    figure.supylabel("looks")
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=100, format="png")
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def print_surprise(model, tokenizer, text):
+    """Prints, for every token of text, its probability, its rank and what was expected instead."""
+    end = tokenizer.encode_single_token(END_OF_TEXT)
+    tokens = [end, *tokenizer.encode_ordinary(text)][: model.config.block_size + 1]
+    idx = torch.tensor([tokens[:-1]], device=model.transformer.wte.weight.device)
+    shaded = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(f"{'token':16}{'probability':>11}{'rank':>7}  expected")
+    bits = 0.0
+    for token, probs in zip(tokens[1:], model(idx)[0].softmax(-1)):
+        p = probs[token].item()
+        rank, bits = int((probs > p).sum()) + 1, bits - math.log2(max(p, 1e-45))
+        expected = (repr(tokenizer.decode([int(i)])) for i in probs.topk(3).indices)
+        line = f"{tokenizer.decode([token])!r:16}{p:11.4f}{rank:7}  {' '.join(expected)}"
+        # from dark, expected, to light, a surprise
+        print(f"\x1b[38;5;{255 - round(15 * p)}m{line}\x1b[0m" if shaded else line)
+    length = len(tokenizer.decode(tokens[1:]).encode())
+    print(f"{bits:.1f} bits in {length} bytes: {bits / length:.2f} bits/byte")
+
+
 @script
 def main(argv=None):
     parser = ArgumentParser(__doc__)
@@ -176,6 +226,8 @@ def main(argv=None):
     add("--top_p", type=float, default=1.0, help="... among those that reach probability p")
     add("--seed", type=seed, default=1337, help="the same seed writes the same text")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--attention", metavar="PNG", help="draw who looks at whom in --start")
+    add("--surprise", action="store_true", help="show how likely each token of --start was")
     add("--chat", action="store_true", help="a conversation with a model that finetune.py has made")
     add("--save_pretrained", metavar="FOLDER", help="write no text, but the model for transformers")
     args = parser.parse_args(argv)
@@ -196,6 +248,14 @@ def main(argv=None):
         save_tokenizer(checkpoint["tokenizer"], args.save_pretrained, model.config.block_size)
         model.save_pretrained(args.save_pretrained, tokenizer.encode_single_token(END_OF_TEXT))
         print(f"wrote model and tokenizer to {args.save_pretrained}")
+        return
+    if (args.attention or args.surprise) and prompt is None:
+        raise ValueError("--attention and --surprise look at a text: give --start")
+    if args.attention:
+        draw_attention(model, tokenizer, prompt, pathlib.Path(args.attention))
+    if args.surprise:
+        print_surprise(model, tokenizer, prompt)
+    if args.attention or args.surprise:
         return
     start = time.perf_counter()
     made = write_samples(model, tokenizer, prompt, args)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -1448,6 +1449,85 @@ def test_the_default_examples_hold_every_module_together(tmp_path):
         for example in examples[task]:
             assert example.keys() == columns | {"group"}
             assert all(example.values())
+
+
+# --- pictures and plans ---------------------------------------------------------------------------
+
+WITHOUT_MATPLOTLIB = "import sys; sys.modules['matplotlib'] = None; import {0}; {0}.main()"
+
+
+def is_png(path):
+    """Whether it is a whole PNG: signature, and checksums of all its parts up to the last."""
+    data, at = path.read_bytes(), 8
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    while at < len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        part, crc = data[at + 4 : at + 8 + length], data[at + 8 + length : at + 12 + length]
+        assert zlib.crc32(part) == int.from_bytes(crc, "big")
+        at += 12 + length
+    return kind == b"IEND"
+
+
+def test_pictures_are_whole(base, tmp_path, data_folder):
+    run_training(data_folder, tmp_path / "o")
+    assert is_png(tmp_path / "o" / "loss.png")
+    data = write_rows(tmp_path / "x.jsonl", labelled(60))
+    run_finetune(base, tmp_path / "c", data, "--task=classify")
+    assert is_png(tmp_path / "c" / "loss.png")
+    assert is_png(tmp_path / "c" / "confusion.png")
+    flags = [f"--init_from={base}", "--start=the cat sees a dog"]
+    sample.main([*flags, f"--attention={tmp_path}/attention.png"])
+    assert is_png(tmp_path / "attention.png")
+
+
+def test_all_else_works_without_matplotlib(base, data_folder, tmp_path):
+    def run(module, *flags):
+        command = [sys.executable, "-c", WITHOUT_MATPLOTLIB.format(module), *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    flags = [f"--data={data_folder}", f"--out_dir={tmp_path}/o", "--max_iters=2", "--n_embd=8"]
+    assert run("train", *flags).returncode == 0
+    assert not (tmp_path / "o" / "loss.png").exists()
+    done = run("sample", f"--init_from={base}", "--start=a", f"--attention={tmp_path}/a.png")
+    assert done.returncode == 2
+    assert "pip install matplotlib" in done.stderr
+    assert run("sample", f"--init_from={base}", "--start=a", "--surprise").returncode == 0
+
+
+def test_surprise_is_the_models_own_probability(base, capsys):
+    text = "the cat sees a dog"
+    sample.main([f"--init_from={base}", f"--start={text}", "--surprise", "--device=cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("\x1b" in line for line in lines)
+    model, tokenizer, _ = sample.load_model(base, torch.device("cpu"))
+    idx = torch.tensor([[tokenizer.eot_token, *tokenizer.encode(text)]])
+    loss = model(idx[:, :-1], idx[:, 1:]).item() * (idx.size(1) - 1)
+    assert len(lines) == idx.size(1) + 1  # a heading, a line a token, and the sum
+    assert lines[-1].startswith(f"{loss / math.log(2):.1f} bits in {len(text)} bytes")
+    probability = model(idx)[0, 0].softmax(-1)[idx[0, 1]].item()
+    assert f"{probability:.4f}" in lines[1]
+
+
+def test_a_plan_counts_the_models_parameters_and_trains_nothing(data_folder, tmp_path, capsys):
+    flags = [f"--data={data_folder}", f"--out_dir={tmp_path}/o", "--n_embd=32", "--plan"]
+    train.main([*flags, "--device=cpu"])
+    out = capsys.readouterr().out
+    total = int(re.search(r"parameters: .*= ([\d,]+)", out)[1].replace(",", ""))
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 128, "vocab_size": 284}
+    model = GPT(GPTConfig(**shape, tie_weights=False))
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_terminal_has_one_line_and_a_pipe_a_line_each(data_folder, tmp_path, capsys, monkeypatch):
+    run_training(data_folder, tmp_path / "a", "--log_interval=2", "--max_iters=8")
+    piped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(piped) == 4
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    run_training(data_folder, tmp_path / "b", "--log_interval=2", "--max_iters=8")
+    shown = capsys.readouterr().out
+    assert shown.count("\r\x1b[K") == 4
+    assert shown.count("step ") == shown.count("\r\x1b[Kstep")
 
 
 # --- any accident ---------------------------------------------------------------------------------

@@ -5,14 +5,16 @@
     python train.py --init_from=resume                     # goes on where a run was stopped
     python train.py --init_from=out/book --data=data/more --out_dir=out/more   # from its weights
     python train.py --eval_only --init_from=out            # the validation loss of a checkpoint
+    python train.py --plan --n_layer=12 --n_embd=768       # what a run would cost
 
 The loop: batch -> loss -> gradients -> clip -> AdamW, evaluated now and then. A run writes
 out_dir/last.pt (all that is needed to go on), best.pt (the model with the lowest validation loss,
-for sample.py) and metrics.csv. On a CPU, the same seed and number of threads give the same weights
+for sample.py), metrics.csv and, with matplotlib, loss.png. On a CPU, the same seed and number of threads give the same weights
 bit for bit, also when a run is stopped and resumed.
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -20,6 +22,7 @@ import math
 import pathlib
 import shutil
 import signal
+import sys
 import time
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -92,6 +95,7 @@ class TrainConfig(RunConfig):
     data: str = option("data", "folder written by prepare_data.py")
     init_from: str = option("scratch", "scratch, resume, or a checkpoint whose weights to take")
     eval_only: bool = option(False, "only print the validation loss")
+    plan: bool = option(False, "only print what the run will cost, from a few steps of it")
     eval_iters: int = option(200, "batches in an evaluation, at most")
     # the model: see GPTConfig
     n_layer: int = option(2, "transformer blocks", fixed=True)
@@ -506,16 +510,22 @@ class Trainer:
             }
         )
         left = (config.max_iters - state["step"]) * seconds / len(self.losses)
-        print(
-            f"step {state['step']:5}/{config.max_iters}  loss {loss:.3f}",
-            *([f"{loss * bits_per_byte:.3f} bits/byte"] if bits_per_byte else []),
+        # a terminal has one line that changes, and keeps those with an evaluation
+        live = sys.stdout.isatty()
+        passing = live and "val_loss" not in metrics
+        parts = [
+            f"step {state['step']:5}/{config.max_iters}",
+            f"loss {loss:.3f}",
+            f"{loss * bits_per_byte:.3f} bits/byte" if bits_per_byte else "",
             f"{tokens_per_s:,.0f} tokens/s",
             f"{format_seconds(left)} left",
             *(f"{name} {value:.4f}" for name, value in metrics.items()),
-            sep="  ",
-            flush=True,
-        )
+        ]
+        line = "  ".join(filter(None, parts))
+        print("\r\x1b[K" * live + line, end="" if passing else "\n", flush=True)
         self.logged, self.losses = dict(state), []
+        if "val_loss" in metrics:
+            draw_loss(self.metrics.path)
 
     def save(self, val_loss=math.inf):
         """best.pt where the validation loss has never been lower; always last.pt, with all that
@@ -553,6 +563,31 @@ class Metrics:
     def add(self, row):
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+
+def draw_loss(path):
+    """Draws a metrics.csv as loss.png beside it; does nothing where there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    has_bits = "val_bpb" in rows[0]
+    panels = figure.subplots(1, 1 + has_bits, squeeze=False)[0]
+    curves = [(panels[0], "train_loss", "training"), (panels[0], "val_loss", "validation")]
+    curves += [(panels[-1], "val_bpb", "validation")] * has_bits
+    for panel, column, label in curves:
+        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        panel.plot(*zip(*points), label=label, marker="." if label == "validation" else None)
+    for panel, unit in zip(panels, ("loss, nats", "bits/byte")):
+        panel.set(xlabel="step", ylabel=unit)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    temporary = path.with_name("loss.tmp.png")
+    figure.savefig(temporary, dpi=100)
+    temporary.replace(path.with_name("loss.png"))
 
 
 # --- pretraining ----------------------------------------------------------------------------------
@@ -637,6 +672,58 @@ def bits_per_byte(split):
     return split["tokens"] / split["bytes"] / math.log(2)
 
 
+def matrix_rate(machine):
+    """What this device does in a matrix product: floating-point operations a second."""
+    n = 2048
+    a, b = torch.randn(2, n, n, device=machine.device).to(machine.dtype)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the result
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def print_plan(trainer):
+    """What a run costs: sizes, and times from a few steps of it, which are thrown away."""
+    config, machine, task = trainer.config, trainer.machine, trainer.task
+    gpt, parts = task.model.config, collections.Counter()
+    for name, parameter in task.model.named_parameters():
+        kind = next((k for k in ("wte", "wpe", "attn", "mlp", "lm_head") if k in name), "LayerNorm")
+        parts[kind] += parameter.numel()
+    total = parts.total()
+    print("parameters:", ", ".join(f"{kind} {n:,}" for kind, n in parts.items()), f"= {total:,}")
+    per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    tokens, corpus = per_step * config.max_iters, task.windows.tokens
+    print(
+        f"tokens: {per_step:,} a step, {tokens:,} in all, {tokens / corpus:.1f} times the data; "
+        f"compute-optimal for this model are {20 * total:,} (20 a parameter, Hoffmann et al. 2022)"
+    )
+    # 2 a weight and token forward, twice that backward; attention's two products come on top
+    matrices = total - parts["wpe"] - (0 if gpt.tie_weights else parts["wte"])
+    flops = 6 * matrices + 12 * gpt.n_layer * gpt.n_embd * config.block_size
+    start, seconds = time.perf_counter(), []
+    while len(seconds) < 6 or time.perf_counter() - start < 3:
+        before = trainer.state["seconds"]
+        trainer.take_step()
+        seconds.append(trainer.state["seconds"] - before)
+    step = sum(seconds[1:]) / len(seconds[1:])  # the first one prepares things
+    rate, peak = flops * per_step / step, matrix_rate(machine)
+    if machine.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(machine.device)
+    else:
+        import resource  # which Windows lacks, and where a Mac counts bytes
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(f"work: {flops * tokens:.2e} floating-point operations, {flops:,} a token")
+    print(
+        f"on {machine}: {step * 1e3:.0f} ms a step, {format_seconds(step * config.max_iters)} for "
+        f"all but evaluation; {rate / 1e9:,.0f} GFLOP/s, {rate / peak:.0%} of what a matrix "
+        f"product reaches; peak memory {memory / 1e6:,.0f} MB"
+    )
+
+
 @script
 def main(argv=None):
     flags = parse_flags(TrainConfig, __doc__, argv)
@@ -659,6 +746,9 @@ def main(argv=None):
         print(*(f"{name} {value:.4f}" for name, value in task.evaluate().items()), sep="  ")
         return
     trainer = Trainer(config, machine, task, resumed)
+    if config.plan:
+        print_plan(trainer)
+        return
     windows = config.max_iters * config.batch_size * config.gradient_accumulation_steps
     print(
         f"{model.num_params():,} parameters; {task.windows.tokens:,} tokens, seen "
