@@ -1,15 +1,23 @@
-"""Teaches a trained GPT a task: to classify texts, to follow instructions.
+"""Teaches a trained GPT a task: to classify texts, to follow instructions, to prefer better answers.
 
     python finetune.py --task=classify      # which package of the library is a docstring from?
     python finetune.py --task=instruct      # "Explain os.path.join(path, *paths)." -> a sentence
     python finetune.py --task=classify --data=spam.tsv --out_dir=out/spam --train=lora
     python finetune.py --task=classify --init_from=out/spam --predict="WINNER!! You have won"
     python finetune.py --task=instruct --init_from=gpt2 --data=instructions.json
-    python finetune.py --task=choice --data=hellaswag.jsonl   # only measures
+    python finetune.py --task=choice --data=hellaswag.jsonl             # only measures
+    python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
+    python finetune.py --task=reward --init_from=out/instruct           # score answers
+    python finetune.py --task=ppo --init_from=out/instruct              # make what scores high
 
 The loop is train.py's. A task adds its examples, the batches it makes of them, the loss and what is
 measured. Without --data, a task takes the examples that prepare_data.py makes of Python's manual.
-best.pt is a whole model, like any other; last.pt has only what was trained and the base's name.
+best.pt is a whole model, like any other; last.pt has only what was trained, and names the base.
+
+Reinforcement learning is simpler here than InstructGPT's (Ouyang et al. 2022): the value function is
+a head on the policy's trunk, since a model of its own would cost as much again; there is no
+pretraining term (PPO-ptx), since the KL penalty is enough at this size; that penalty's coefficient
+is fixed, so that a run can be understood; and prompts come from a file, not from people.
 """
 
 import collections
@@ -1006,12 +1014,6 @@ class Reward(Preferences):
 
 # --- reinforcement learning -----------------------------------------------------------------------
 
-# Proximal policy optimisation from a reward model (Schulman et al. 2017; Ouyang et al. 2022). Simpler
-# than InstructGPT in that: the value function is a head on the policy's trunk and not a model of its
-# own, which would cost as much again; there is no term for pretraining data (PPO-ptx), for the KL
-# penalty is enough at this size; the coefficient of that penalty is fixed and not adapted, so that a
-# run can be understood; and prompts come from a file, not from people.
-
 GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
 CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
 EPOCHS, PARTS = 4, 4  # an iteration goes so often through its answers, in so many parts
@@ -1279,6 +1281,8 @@ def main(argv=None):
         config = dataclasses.replace(config, out_dir=str(out_dir))  # it may have been moved
         path = saved["base"]["path"]
     machine, start = Machine(config), load_checkpoint(path)
+    if machine.world_size > 1:
+        raise ValueError("finetune.py runs as one process: start it without torchrun")
     path = str(pathlib.Path(path).resolve()) if pathlib.Path(path).exists() else path
     base = {"path": path, "digest": weights_digest(start)}
     if saved and saved["base"] != base:

@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -661,6 +662,48 @@ def test_an_earlier_run_in_the_folder_is_kept(data_folder, tmp_path):
     run_training(data_folder, tmp_path, "--seed=2", "--max_iters=5")
     assert_equal(first["model"], load_checkpoint(tmp_path / "previous" / "last.pt")["model"])
     assert load_checkpoint(tmp_path / "last.pt")["state"]["step"] == 5
+
+
+def torchrun(processes, *flags):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += [f"--master_port={port}", "train.py", "--device=cpu", *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder = pathlib.Path(train.__file__).parent
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_train_as_one_does_and_go_on_for_it(data_folder, tmp_path):
+    shape = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4"]
+    flags = [f"--data={data_folder}", *shape, "--eval_interval=5", "--log_interval=1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    twice = ["--gradient_accumulation_steps=2", "--max_iters=20", "--device=cpu"]
+    train.main([*flags, f"--out_dir={one}", *twice])
+    run = torchrun(2, *flags, f"--out_dir={two}", "--max_iters=10", "--lr_decay_iters=20")
+    assert run.wait(120) == 0, run.stderr.read()
+    train.main(["--init_from=resume", f"--out_dir={two}", *twice])  # one process goes on
+    losses = []
+    for folder in (one, two):
+        with open(folder / "metrics.csv", encoding="utf-8") as file:
+            losses.append([float(row["train_loss"]) for row in csv.DictReader(file)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    for name, weight in load_checkpoint(one)["model"].items():
+        torch.testing.assert_close(weight, load_checkpoint(two)["model"][name], atol=1e-4, rtol=0)
+
+
+def test_a_signal_stops_all_processes_and_saves(data_folder, tmp_path):
+    flags = [f"--data={data_folder}", f"--out_dir={tmp_path}/o", "--max_iters=100000"]
+    run = torchrun(2, *flags, "--log_interval=1")
+    metrics = tmp_path / "o" / "metrics.csv"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) != 0
+    assert load_checkpoint(tmp_path / "o" / "last.pt")["state"]["step"] >= 4
 
 
 # --- any text -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
     python train.py --init_from=out/book --data=data/more --out_dir=out/more   # from its weights
     python train.py --eval_only --init_from=out            # the validation loss of a checkpoint
     python train.py --plan --n_layer=12 --n_embd=768       # what a run would cost
+    torchrun --nproc_per_node=8 train.py                   # on 8 GPUs
 
 The loop: batch -> loss -> gradients -> clip -> AdamW, evaluated now and then. A run writes
 out_dir/last.pt (all that is needed to go on), best.pt (the model with the lowest validation loss,
@@ -18,7 +19,9 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import itertools
 import math
+import os
 import pathlib
 import shutil
 import signal
@@ -29,6 +32,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import torch
+from torch import nn
 
 import prepare_data
 from gpt import GPT, GPTConfig, load_checkpoint, pick_device, save_checkpoint
@@ -56,7 +60,7 @@ class RunConfig:
 
     out_dir: str = option("out", "folder for checkpoints and metrics.csv")
     batch_size: int = option(4, "windows in a micro-batch", fixed=True)
-    gradient_accumulation_steps: int = option(1, "micro-batches in a step", fixed=True)
+    gradient_accumulation_steps: int = option(1, "micro-batches in a step, of each process")
     seed: int = option(1337, "of weights, batches and dropout", fixed=True, least=0)
     # AdamW, with warmup and cosine decay
     max_iters: int = option(4000, "steps")
@@ -231,12 +235,24 @@ def seed_dropout(device, seed, step, rank=0):
 # --- the machine ----------------------------------------------------------------------------------
 
 
+PROCESSES = {"RANK": 0, "WORLD_SIZE": 1}  # as torchrun's environment has it
+
+
 class Machine:
-    """Device and precision of a run, checked against what is there."""
+    """Device and precision of a run, checked against what is there; which of torchrun's processes
+    this is, and how they talk."""
 
     def __init__(self, config):
+        self.rank, self.world_size = (int(os.environ.get(k, n)) for k, n in PROCESSES.items())
         self.device = pick_device(config.device)
         cuda = self.device.type == "cuda"
+        if self.world_size > 1:
+            if cuda:
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+            if self.rank > 0:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # one speaks for all
         dtypes = ["float32", "float16"]
         if not cuda or torch.cuda.is_bf16_supported(including_emulation=False):
             dtypes.append("bfloat16")
@@ -258,6 +274,23 @@ class Machine:
 
     def put(self, *tensors):
         return [tensor.to(self.device) for tensor in tensors]
+
+    def sum(self, *numbers):
+        """Of each number, the sum over all processes."""
+        if self.world_size == 1:
+            return numbers
+        totals = torch.tensor(numbers, dtype=torch.float32, device=self.device)
+        torch.distributed.all_reduce(totals)
+        return totals.tolist()
+
+    @contextlib.contextmanager
+    def first_process_first(self):
+        """What is in this block, the process of rank 0 does before the others."""
+        if self.world_size > 1 and self.rank > 0:
+            torch.distributed.barrier()
+        yield
+        if self.world_size > 1 and self.rank == 0:
+            torch.distributed.barrier()
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -318,11 +351,12 @@ def mean_loss(model, machine, batches):
     """Mean loss per target, in nats, with dropout off."""
     total = count = 0
     model.eval()
-    for tensors in batches:
+    for tensors in itertools.islice(batches, machine.rank, None, machine.world_size):
         with machine.autocast():
             total += model(*machine.put(*tensors)).item() * count_targets(tensors)
         count += count_targets(tensors)
     model.train()
+    total, count = machine.sum(total, count)
     return total / count
 
 
@@ -341,17 +375,21 @@ def set_aside(folder):
         print(f"the earlier run in {folder} is now in {folder / 'previous'}")
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
 @contextlib.contextmanager
-def stop_signals():
+def stop_signals(patient=False):
     """Yields a list of the signals caught: the first Ctrl-C or SIGTERM asks for a stop after this
-    step, a second one acts at once."""
+    step, a second one acts at once, unless patient (torchrun repeats a signal to its processes)."""
     caught = []
 
     def catch(number, frame):
-        signal.signal(number, earlier[number])
+        if not patient:
+            signal.signal(number, earlier[number])
         caught.append(number)
 
-    earlier = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: signal.signal(number, catch) for number in STOPS}
     try:
         yield caught
     finally:
@@ -389,6 +427,8 @@ class Trainer:
             self.model, config.learning_rate, config.weight_decay, betas
         )
         self.forward = torch.compile(self.model) if machine.compile else self.model
+        if machine.world_size > 1:
+            self.forward = nn.parallel.DistributedDataParallel(self.forward)
         self.state = {"step": 0, "tokens": 0, "seconds": 0.0}
         self.state |= {"best_val_loss": math.inf, "evaluations_since": 0}
         if saved:
@@ -421,8 +461,10 @@ class Trainer:
         config, state = self.config, self.state
         if state["step"] >= config.max_iters:
             print(f"{self.out_dir} is at step {state['step']} already; --max_iters=N goes further")
-        self.metrics = Metrics(self.out_dir / "metrics.csv", state["step"], self.task.columns)
-        with stop_signals() as stop:
+        stop = 0  # the number of a signal that has reached any of the processes
+        if self.machine.rank == 0:
+            self.metrics = Metrics(self.out_dir / "metrics.csv", state["step"], self.task.columns)
+        with stop_signals(patient=self.machine.world_size > 1) as caught:
             while state["step"] < config.max_iters and not stop and not self.finished():
                 try:
                     self.take_step()
@@ -437,10 +479,16 @@ class Trainer:
                     self.save(metrics["val_loss"])
                 elif state["step"] % config.log_interval == 0:
                     self.log()
+                stop = self.agree(caught)
         if stop:
             self.save()
             print(f"stopped after step {state['step']}; --init_from=resume goes on from there")
-            raise SystemExit(128 + stop[0])
+            raise SystemExit(128 + stop)
+
+    def agree(self, caught):
+        """The number of a signal that one of the processes has caught, or 0: the same in all."""
+        counts = self.machine.sum(*(float(number in caught) for number in STOPS))
+        return max((number for number, n in zip(STOPS, counts) if n), default=0)
 
     def finished(self):
         """Whether to stop early: no better validation loss for config.patience evaluations."""
@@ -453,17 +501,22 @@ class Trainer:
         config, state = self.config, self.state
         start = time.perf_counter()
         self.set_learning_rate()
-        seed_dropout(self.machine.device, config.seed, state["step"])
-        numbers = micro_batches_of(state["step"], config.gradient_accumulation_steps)
+        rank, world_size = self.machine.rank, self.machine.world_size
+        seed_dropout(self.machine.device, config.seed, state["step"], rank)
+        accumulation = config.gradient_accumulation_steps
+        numbers = micro_batches_of(state["step"], accumulation, rank, world_size)
         batches = [self.task.micro_batch(n) for n in numbers]
         targets, loss = sum(map(count_targets, batches)), 0.0
         for tensors in batches:
+            if world_size > 1:  # processes average their gradients once, at the last of the batches
+                self.forward.require_backward_grad_sync = tensors is batches[-1]
             with self.machine.autocast():  # each target of the step weighs the same
                 mean = self.forward(*self.machine.put(*tensors))
                 part = mean * (count_targets(tensors) / targets)
             self.machine.scaler.scale(part).backward()
             loss += part.item()
-            state["tokens"] += tensors[0].numel()
+            state["tokens"] += tensors[0].numel() * world_size
+        loss = self.machine.sum(loss / world_size)[0]
         self.update(loss)
         self.losses.append(loss)
         state["step"] += 1
@@ -493,6 +546,9 @@ class Trainer:
     def log(self, **metrics):
         """A line of output and a row of metrics.csv, about the steps since the last one."""
         metrics = {**self.stats, **metrics}
+        if self.machine.rank > 0:
+            self.logged, self.losses = dict(self.state), []
+            return
         config, state, loss = self.config, self.state, sum(self.losses) / len(self.losses)
         bits_per_byte = self.task.bits_per_byte
         seconds = state["seconds"] - self.logged["seconds"]
@@ -529,12 +585,16 @@ class Trainer:
 
     def save(self, val_loss=math.inf):
         """best.pt where the validation loss has never been lower; always last.pt, with all that
-        the next step depends on."""
-        if val_loss < self.state["best_val_loss"]:
+        the next step depends on. One process writes for all."""
+        is_best = val_loss < self.state["best_val_loss"]
+        if is_best:
             self.state |= {"best_val_loss": val_loss, "evaluations_since": 0}
+        elif val_loss < math.inf:
+            self.state["evaluations_since"] += 1
+        if self.machine.rank > 0:
+            return
+        if is_best:
             save_checkpoint(self.out_dir / "best.pt", {**self.task.best(), "state": self.state})
-        else:
-            self.state["evaluations_since"] += val_loss < math.inf
         run = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.machine.scaler.state_dict(),
@@ -736,7 +796,8 @@ def main(argv=None):
     elif config.init_from != "scratch":
         checkpoint = load_checkpoint(config.init_from)
     machine = Machine(config)
-    meta = load_data(config.data)
+    with machine.first_process_first():
+        meta = load_data(config.data)
     if resumed and resumed.get("data_digest") != meta["digest"]:
         raise ValueError(f"{config.data}: not the text that {out_dir} was trained on")
     model = make_model(config, flags, meta, checkpoint).to(machine.device).train()
@@ -754,8 +815,9 @@ def main(argv=None):
         f"{model.num_params():,} parameters; {task.windows.tokens:,} tokens, seen "
         f"{windows / task.windows.per_epoch:.1f} times; on {machine}"
     )
-    with sole_owner(out_dir):
-        if not resumed:
+    first = machine.rank == 0
+    with sole_owner(out_dir) if first else contextlib.nullcontext():
+        if first and not resumed:
             set_aside(out_dir)
         trainer.run()
 
