@@ -610,32 +610,28 @@ class Classify(Task):
         return {**super().best(), "labels": self.labels}
 
     def report(self, folder):
-        """Prints accuracy, macro F1 and confusion of each split; writes predictions.csv."""
-        for split, encoded in self.encoded.items():
-            if encoded:
-                probs, labels = self.probabilities(split), torch.tensor([e[-1] for e in encoded])
-                confusion = confusion_matrix(probs.argmax(-1), labels, len(self.labels))
-                right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
-                print(
-                    f"{split:5}  accuracy {right.sum() / len(labels):.4f}  "
-                    f"macro F1 {(2 * right / sums.clamp(min=1)).mean():.4f}"
-                )
-                last = split, probs, confusion
-        split, probs, confusion = last
+        """Prints accuracy, macro F1 and confusion of each split; writes predictions.csv of the
+        last, which is the test where there is one."""
         width = max(map(len, self.labels))
-        print(f"{split}: rows are labels, columns predictions, in the same order")
-        for label, row in zip(self.labels, confusion.tolist()):
-            print(f"{label:{width}}", *(f"{n:5}" for n in row))
+        for split in filter(self.encoded.get, self.encoded):
+            probs, labels = self.probabilities(split), [e[-1] for e in self.encoded[split]]
+            confusion = confusion_matrix(probs.argmax(-1), torch.tensor(labels), len(self.labels))
+            right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
+            print(
+                f"\n{split:5}  accuracy {right.sum() / len(labels):.4f}  "
+                f"macro F1 {(2 * right / sums.clamp(min=1)).mean():.4f}  "
+                "(rows: labels, columns: predictions)"
+            )
+            for label, row in zip(self.labels, confusion.tolist()):
+                print(f"{label:{width}}", *(f"{n:5}" for n in row))
         if folder:
             draw_confusion(confusion, self.labels, folder / "confusion.png")
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["text", "label", "predicted", "probability"])
-        for example, row in zip(self.examples[split], probs):
-            probability, i = row.max(0)
-            predicted = self.labels[i], f"{probability:.4f}"
-            table.writerow([example["text"], example["label"], *predicted])
-        if folder:
+            text = io.StringIO()
+            table = csv.writer(text, lineterminator="\n")
+            table.writerow(["text", "label", "predicted", "probability"])
+            for example, row in zip(self.examples[split], probs):
+                p, i = row.max(0)
+                table.writerow([example["text"], example["label"], self.labels[i], f"{p:.4f}"])
             replace_text(folder / "predictions.csv", text.getvalue())
 
     def predict(self, text):
