@@ -63,6 +63,7 @@ from train import (
     merge_flags,
     option,
     parse_flags,
+    seed_dropout,
     set_aside,
 )
 
@@ -76,31 +77,35 @@ class FinetuneConfig(RunConfig):
     out_dir: str | None = option(None, "folder to write (default: out/TASK)")
     data: str | None = option(None, "examples: .jsonl, .json, .csv, .tsv (default: the manual's)")
     val: str | None = option(None, "examples for validation (default: some of data)")
-    test: str | None = option(None, "examples for the final test (default: some of data)")
+    test: str | None = option(None, "for classify: examples for the final test (default: some)")
     train: str = option("all", "weights to train: all, last_block, head, lora", fixed=True)
     lora_rank: int = option(8, "rank of the matrices that LoRA adds", fixed=True)
     lora_alpha: float = option(16.0, "LoRA's part is scaled by alpha / rank", fixed=True)
-    lora_dropout: float = option(0.0, "on what LoRA's part reads", fixed=True)
-    block_size: int | None = option(None, "another context; new positions are trained", fixed=True)
+    lora_dropout: float = option(0.0, "on the input of LoRA's part", fixed=True)
+    block_size: int | None = option(
+        None, "another context; a longer one trains the position table", fixed=True, least=1
+    )
     # where None stands, see the task's defaults
     dropout: float | None = option(None, "on embeddings and residual branches", fixed=True)
-    batch_size: int | None = option(None, "examples in a micro-batch", fixed=True)
+    batch_size: int | None = option(None, "examples in a micro-batch", fixed=True, least=1)
     learning_rate: float | None = option(None, "the highest, at the end of warmup")
     epochs: float | None = option(None, "passes through the examples", fixed=True)
     max_iters: int | None = option(None, "steps (default: as many as epochs take)", least=1)
-    eval_interval: int | None = option(None, "steps between evaluations (default: an epoch's)")
-    log_interval: int | None = option(None, "steps between lines of output")
+    eval_interval: int | None = option(
+        None, "steps between evaluations (default: an epoch's)", least=1
+    )
+    log_interval: int | None = option(None, "steps between lines of output", least=1)
     eval_only: bool = option(False, "measure, without training")
     # classify
     text_field: str = option("text", "column with the text", fixed=True)
     label_field: str = option("label", "column with the label", fixed=True)
     lm_weight: float = option(0.5, "weight of the next-token loss beside the labels'", fixed=True)
-    balance: bool = option(False, "drop examples until all labels are as frequent", fixed=True)
+    balance: bool = option(False, "keep as many of each label as the rarest has", fixed=True)
     predict: str | None = option(None, "a text to classify, without training")
     # instruct
     template: str | None = option(None, "roles or alpaca (default: by the vocabulary)", fixed=True)
     loss_on_prompt: bool = option(False, "learn the prompts, too", fixed=True)
-    max_new_tokens: int | None = option(None, "the longest answer that is sampled")
+    max_new_tokens: int | None = option(None, "the longest answer that is sampled", least=1)
     # dpo, reward, ppo
     beta: float | None = option(None, "how much it costs to leave the reference", fixed=True)
     reward_model: str = option("out/reward", "for ppo: what --task=reward has made")
@@ -126,6 +131,8 @@ class FinetuneConfig(RunConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.eval_only |= self.task == "choice"
+        if self.task == "choice" and self.data is None:
+            raise ValueError("--task=choice: give the questions, --data=FILE")
         super().__post_init__()
 
 
@@ -135,8 +142,8 @@ class FinetuneConfig(RunConfig):
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / rank) B A x, where W stays as it is and A and B, both small, are trained.
 
-    Hu et al. 2021, "LoRA", section 4.1. B begins as 0, so nothing is changed at first. Takes the
-    place of a linear layer, whose parameters it goes on using.
+    Hu et al. 2021, "LoRA", section 4.1; A begins as in the authors' code, and B as 0, so nothing is
+    changed at first. Replaces a linear layer, sharing its weight and bias.
     """
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
@@ -190,7 +197,7 @@ def freeze(gpt, train):
 def read_rows(path, columns=()):
     """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}.
 
-    A .tsv file of two columns that does not begin with their names has columns, in this order.
+    A .tsv file of two columns without a header line has these columns.
     """
     path = pathlib.Path(path)
     if path.suffix == ".jsonl":
@@ -224,7 +231,7 @@ def read_table(path, columns):
     except csv.Error as error:
         raise ValueError(f"{path}, line {table.line_num}: {error}") from error
     names = rows[0][1] if rows else []
-    if path.suffix == ".tsv" and len(names) == 2 and set(names) != set(columns):
+    if path.suffix == ".tsv" and columns and len(names) == 2 and set(names) != set(columns):
         names = columns
     else:
         del rows[:1]
@@ -239,7 +246,7 @@ def text_of(row, names, where):
     name = next((name for name in names if name in row), None)
     if name is None:
         raise ValueError(f"{where}: no column {' or '.join(names)} (found: {', '.join(row)})")
-    if isinstance(row[name], (str, int)):
+    if isinstance(row[name], (str, int, float)):
         return clean(str(row[name]))
     raise ValueError(f"{where}: {name} is not text")
 
@@ -256,13 +263,16 @@ def messages_of(row, where):
             if "output" in row
             else []
         )
-    messages = row["messages"]
-    for message in messages if isinstance(messages, list) else [None]:
+    messages, found = row["messages"], []
+    for message in messages if isinstance(messages, list) and messages else [None]:
         match message:
-            case {"role": "system" | "user" | "assistant", "content": str()}:
-                continue
-        raise ValueError(f"{where}: messages need a role (system, user, assistant) and a content")
-    return messages
+            case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
+                found.append({"role": role, "content": clean(content)})
+            case _:
+                raise ValueError(
+                    f"{where}: messages need a role (system, user, assistant) and a content"
+                )
+    return found
 
 
 def split_examples(files, fractions):
@@ -356,14 +366,20 @@ class Task:
         self.tokenizer = build_tokenizer(self.spec)
         self.end = self.tokenizer.encode_single_token(END_OF_TEXT)
         try:
-            self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout)
+            self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout, attn_dropout=0.0)
             if self.gpt.config.vocab_size < self.tokenizer.n_vocab:
                 raise ValueError(f"{self.tokenizer.n_vocab} tokens, but the model knows fewer")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if self.gpt.config.vocab_size > self.tokenizer.n_vocab:  # padded
+            self.gpt.resize_vocab(self.tokenizer.n_vocab)
         self.block_size = config.block_size or self.gpt.config.block_size
-        self.template = config.template or default_template(self.tokenizer)
-        self.cut = 0  # examples too long for it
+        self.has_new_positions = self.block_size > self.gpt.config.block_size
+        if self.block_size != self.gpt.config.block_size:
+            self.gpt.resize_positions(self.block_size)
+        self.template = config.template or checkpoint.get("template")
+        self.template = self.template or default_template(self.tokenizer)
+        self.cut = 0  # texts longer than block_size
         self.labels = checkpoint.get("labels")  # of a classifier
         is_ready = config.predict is not None or config.eval_only
         if self.has_head and is_ready and checkpoint.get("task") != config.task:
@@ -412,13 +428,10 @@ class Task:
     def prepare(self):
         """Decides what is trained, in which batches, and in how many steps."""
         config, gpt = self.config, self.gpt
-        grown = self.block_size > gpt.config.block_size
-        if self.block_size != gpt.config.block_size:
-            gpt.resize_positions(self.block_size)
         if config.train == "lora":
             add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
         freeze(gpt, config.train)
-        if grown:
+        if self.has_new_positions:
             gpt.transformer.wpe.requires_grad_(True)
         lengths = [len(lists[0]) for lists in self.encoded["train"]]
         self.shuffled = Shuffled(lengths, config.batch_size, config.seed)
@@ -515,8 +528,8 @@ def token_log_probs(gpt, idx, targets):
 
 
 class Classifier(WithHead):
-    """Its loss has the next token's beside it, which makes more of few examples: Radford et al.
-    2018, equation 5."""
+    """Cross-entropy of the label, plus lm_weight times the next-token loss on the text, which makes
+    more of few examples: Radford et al. 2018, equation 5."""
 
     def __init__(self, gpt, outputs, lm_weight):
         super().__init__(gpt, outputs)
@@ -525,7 +538,7 @@ class Classifier(WithHead):
     def forward(self, idx, last, labels):
         x = self.gpt.hidden(idx)
         loss = F.cross_entropy(self.read(x, last), labels)
-        if self.lm_weight:
+        if self.lm_weight and last.any():  # else there is no next token
             T = torch.arange(idx.size(1), device=idx.device)
             targets = torch.where(T <= last[:, None], idx, -100)[:, 1:]
             x, head = x[:, :-1].flatten(0, 1), self.gpt.lm_head.weight
@@ -553,7 +566,12 @@ class Classify(Task):
         label = text_of(row, [self.config.label_field], where)
         if not text or not label:
             raise ValueError(f"{where}: the {'label' if text else 'text'} is empty")
-        return {"text": text, "label": label, "group": str(row.get("group", text)), "where": where}
+        return {
+            "text": text,
+            "label": label,
+            "group": str(row.get("group") or text),
+            "where": where,
+        }
 
     def split(self, files):
         """Drops doubles, and divides each label's examples in the same proportions."""
@@ -563,11 +581,11 @@ class Classify(Task):
         by_label = collections.defaultdict(list)
         for example in files["train"]:
             by_label[example["label"]].append(example)
-        fewest = min(map(len, by_label.values()), default=0)
+        fewest, positions = min(map(len, by_label.values()), default=0), {}
         for label, examples in by_label.items():
             examples.sort(key=lambda e: position(f"{config.seed} {e['text']}"))
             by_label[label] = examples[: fewest if config.balance else None]
-            set_positions(by_label[label], config.seed)
+            set_positions(by_label[label], config.seed, positions)
         splits = split_examples({**files, "train": list(chain(*by_label.values()))}, self.fractions)
         if self.labels is None or not config.eval_only:
             self.labels = sorted({example["label"] for example in splits["train"]})
@@ -589,22 +607,22 @@ class Classify(Task):
         return pad(rows, self.end), torch.tensor([len(r) - 1 for r in rows]), torch.tensor(labels)
 
     @torch.no_grad()
-    def probabilities(self, split):
-        """(N, classes) of the examples of a split, in order."""
+    def log_probs(self, split):
+        """Of the labels for each of a split's examples, in order: (N, classes)."""
         self.model.eval()
         found = []
         for idx, last, _ in self.batches(split):
             with self.machine.autocast():
-                found.append(self.model.scores(*self.machine.put(idx, last)).float().softmax(-1))
+                scores = self.model.scores(*self.machine.put(idx, last))
+            found.append(scores.float().log_softmax(-1))
         self.model.train()
         return torch.cat(found).cpu()
 
     def evaluate(self):
-        probs, labels = self.probabilities("val"), torch.tensor(
-            [e[-1] for e in self.encoded["val"]]
-        )
-        accuracy = (probs.argmax(-1) == labels).float().mean().item()
-        return {"val_loss": F.nll_loss(probs.log(), labels).item(), "val_accuracy": accuracy}
+        log_probs = self.log_probs("val")
+        labels = torch.tensor([example[-1] for example in self.encoded["val"]])
+        accuracy = (log_probs.argmax(-1) == labels).float().mean().item()
+        return {"val_loss": F.nll_loss(log_probs, labels).item(), "val_accuracy": accuracy}
 
     def best(self):
         return {**super().best(), "labels": self.labels}
@@ -614,8 +632,10 @@ class Classify(Task):
         last, which is the test where there is one."""
         width = max(map(len, self.labels))
         for split in filter(self.encoded.get, self.encoded):
-            probs, labels = self.probabilities(split), [e[-1] for e in self.encoded[split]]
-            confusion = confusion_matrix(probs.argmax(-1), torch.tensor(labels), len(self.labels))
+            log_probs, labels = self.log_probs(split), [e[-1] for e in self.encoded[split]]
+            confusion = confusion_matrix(
+                log_probs.argmax(-1), torch.tensor(labels), len(self.labels)
+            )
             right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
             print(
                 f"\n{split:5}  accuracy {right.sum() / len(labels):.4f}  "
@@ -629,7 +649,7 @@ class Classify(Task):
             text = io.StringIO()
             table = csv.writer(text, lineterminator="\n")
             table.writerow(["text", "label", "predicted", "probability"])
-            for example, row in zip(self.examples[split], probs):
+            for example, row in zip(self.examples[split], log_probs.exp()):
                 p, i = row.max(0)
                 table.writerow([example["text"], example["label"], self.labels[i], f"{p:.4f}"])
             replace_text(folder / "predictions.csv", text.getvalue())
@@ -656,14 +676,16 @@ def drop_doubles(files):
     return kept
 
 
-def set_positions(examples, seed):
-    """Gives each a "position" from 0 to 1: evenly spread, in random order, one for a group."""
+def set_positions(examples, seed, positions):
+    """Gives each a "position" from 0 to 1: evenly spread, in random order; but a group has one
+    position, that in positions if it is there, as it may have been met with another label."""
     groups, before = collections.defaultdict(list), 0
     for example in examples:
         groups[example["group"]].append(example)
     for group in sorted(groups, key=lambda group: position(f"{seed} {group}")):
+        middle = (before + len(groups[group]) / 2) / len(examples)
         for example in groups[group]:
-            example["position"] = (before + len(groups[group]) / 2) / len(examples)
+            example["position"] = positions.setdefault(group, middle)
         before += len(groups[group])
 
 
@@ -677,6 +699,8 @@ def draw_confusion(confusion, labels, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        return
+    if len(labels) > 40:  # nobody could read that
         return
     figure = Figure(figsize=(2 + len(labels) / 2, 2 + len(labels) / 2), layout="constrained")
     panel = figure.subplots()
@@ -713,7 +737,9 @@ class Instruct(Task):
         while messages[-1]["role"] != "assistant":  # nothing is learned from what comes after
             messages = messages[:-1]
         prompts = "\n".join(m["content"] for m in messages[:-1])
-        return {"messages": messages, "position": position(str(row.get("group", prompts)))}
+        if not prompts:
+            raise ValueError(f"{where}: there is no prompt")
+        return {"messages": messages, "position": position(str(row.get("group") or prompts))}
 
     def encode(self, example):
         parts = self.parts(example["messages"])
@@ -734,6 +760,7 @@ class Instruct(Task):
 
     def report(self, folder):
         """Lets the model answer held-out prompts; writes responses.jsonl."""
+        print(*(f"{name} {value:.4f}" for name, value in self.evaluate().items()), sep="  ")
         lines, stopped = [], 0
         for example in self.examples["val"][:MEASURED]:
             *conversation, expected = example["messages"]
@@ -781,13 +808,10 @@ class Choice(Task):
         self.cut += max(map(len, endings)) + len(start) > self.block_size + 1
         return [to_row([(start, False), (end, True)], self.block_size) for end in endings]
 
-    def evaluate(self):
-        return {}
-
     @torch.no_grad()
     def report(self, folder):
         """Prints how often the right ending has the highest log-probability, as a sum and per byte
-        (as the Language Model Evaluation Harness has them, acc and acc_norm)."""
+        (much like acc and acc_norm of the Language Model Evaluation Harness)."""
         by_sum = by_byte = 0
         for example, encoded in zip(self.examples["val"], self.encoded["val"]):
             rows, targets = zip(*encoded)
@@ -817,7 +841,7 @@ class Preferences(Task):
             pair[name] = text_of(row, [name], where)
             if not pair[name]:
                 raise ValueError(f"{where}: {name} is empty")
-        key = str(row.get("group", messages[-1]["content"]))
+        key = str(row.get("group") or messages[-1]["content"])
         return {"messages": messages, **pair, "position": position(key)}
 
     def split(self, files):
@@ -894,14 +918,15 @@ class DPO(Preferences):
         return torch.cat(found)
 
     def collate(self, encoded):
-        if len(encoded[0]) == 4:
+        if len(encoded[0]) == 4:  # the reference's are still missing
             return super().collate(encoded)
         chosen, rejected = zip(*(lists[4:] for lists in encoded))
         return *super().collate(encoded), torch.tensor(chosen + rejected)
 
     def measure(self, split):
         chosen, rejected = self.log_probs(split).T
-        reference = torch.tensor([lists[4:] for lists in self.encoded[split]]).T
+        # without a reference, as in --eval_only, this compares plain log-probabilities
+        reference = torch.tensor([lists[4:] or [0.0, 0.0] for lists in self.encoded[split]]).T
         losses, margins = dpo_loss(chosen, rejected, *reference, self.config.beta)
         return [losses, (margins > 0).float(), margins, chosen, rejected]
 
@@ -921,6 +946,7 @@ class RewardModel(WithHead):
 
     def __init__(self, gpt):
         super().__init__(gpt, outputs=1)
+        # Stiennon et al. 2020, appendix B.1
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(gpt.config.n_embd + 1))
         nn.init.zeros_(self.head.bias)
 
@@ -954,7 +980,6 @@ class Reward(Preferences):
         idx, targets = to_row(
             chat_parts(messages, self.tokenizer, self.template), self.block_size - 1
         )
-        self.cut += len(idx) == self.block_size - 1
         return [*idx, targets[-1]]  # with the end token, where the head reads
 
     def collate(self, encoded):
@@ -1002,9 +1027,11 @@ class Reward(Preferences):
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation in JSON, as a line of a file is."""
-        row = parse_json(text.encode(), "--predict") if text.startswith("{") else None
-        messages = messages_of(row, "--predict") if row else []
-        messages += [] if row else [{"role": "assistant", "content": text}]
+        messages = [{"role": "assistant", "content": text}]
+        if text.startswith("{"):
+            messages = messages_of(parse_json(text.encode(), "--predict"), "--predict")
+        if messages[-1]["role"] != "assistant" or not clean(messages[-1]["content"]):
+            raise ValueError("--predict: there is no answer to score")
         print(f"{self.score([messages]).item():+.4f}")
 
 
@@ -1017,7 +1044,7 @@ UNFINISHED = -1.0  # added to the score of an answer that does not end
 
 
 def advantages_of(rewards, values, answered):
-    """Generalised advantage estimation: Schulman et al. 2016, equations 11 and 12.
+    """Generalised advantage estimation: Schulman et al. 2016, equation 16.
 
     All (B, T): at t the state that predicts token t + 1; answered marks those whose token belongs
     to the answer. A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 at the end.
@@ -1098,7 +1125,7 @@ class PPO(Task):
             messages = messages[:-1]
         if not messages:
             raise ValueError(f"{where}: there is no prompt")
-        key = str(row.get("group", messages[-1]["content"]))
+        key = str(row.get("group") or messages[-1]["content"])
         return {"messages": messages, "position": position(key)}
 
     def encode(self, example):
@@ -1227,18 +1254,21 @@ class PPOTrainer(Trainer):
         config, state, task = self.config, self.state, self.task
         start = time.perf_counter()
         self.set_learning_rate()
+        seed_dropout(self.machine.device, config.seed, state["step"])
         tensors, self.stats = task.experience(state["step"])
         rng = np.random.default_rng([config.seed, state["step"]])
         measured = []
         for _ in range(EPOCHS):
-            for part in np.array_split(rng.permutation(len(tensors[0])), PARTS):
+            n = len(tensors[0])
+            for part in np.array_split(rng.permutation(n), min(PARTS, n)):
                 with self.machine.autocast():
                     loss, *more = task.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))
                 self.machine.scaler.scale(loss).backward()
                 self.update(loss.item())
-                self.losses.append(loss.item())
-                measured.append(more)
-        self.stats |= dict(zip(("clipped", "value_loss"), np.mean(measured, axis=0).tolist()))
+                measured.append([loss.item(), *more])
+        loss, *means = np.mean(measured, axis=0).tolist()
+        self.losses.append(loss)
+        self.stats |= dict(zip(("clipped", "value_loss"), means))
         state["step"] += 1
         state["tokens"] += int((tensors[1] != -100).sum())
         state["seconds"] += time.perf_counter() - start
@@ -1262,7 +1292,7 @@ def weights_digest(checkpoint):
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint["model"].items()):
         digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -1275,25 +1305,27 @@ def main(argv=None):
         saved = load_checkpoint(out_dir / "last.pt")
         config = merge_flags(FinetuneConfig, saved, flags, out_dir / "last.pt")
         config = dataclasses.replace(config, out_dir=str(out_dir))  # it may have been moved
-        path = saved["base"]["path"]
+        path = saved.get("base", {}).get("path", "its base")
+        if config.eval_only or config.predict is not None:
+            raise ValueError(f"--init_from=resume is for training; --init_from={out_dir} measures")
     machine, start = Machine(config), load_checkpoint(path)
     if machine.world_size > 1:
         raise ValueError("finetune.py runs as one process: start it without torchrun")
     path = str(pathlib.Path(path).resolve()) if pathlib.Path(path).exists() else path
-    base = {"path": path, "digest": weights_digest(start)}
-    if saved and saved["base"] != base:
-        raise ValueError(f"{path}: not the model any more that {out_dir}/last.pt was begun with")
     torch.manual_seed(config.seed)
     task = TASKS[config.task](config, machine, start, path)
+    task.base = {"path": path, "digest": weights_digest(start)}
+    if saved and saved.get("base") != task.base:
+        raise ValueError(f"{path}: not the model any more that {out_dir}/last.pt was begun with")
     task.model.to(machine.device)
     if config.predict is not None:
         task.predict(config.predict)
         return
     if config.eval_only:
-        print(*(f"{name} {value:.4f}" for name, value in task.evaluate().items()), sep="  ")
         task.report(None)
         return
-    task.base = base
+    if out_dir.resolve() in (pathlib.Path(path), *pathlib.Path(path).parents):
+        raise ValueError(f"--out_dir={out_dir}: holds the model to begin with; name another one")
     task.prepare()
     if saved:
         task.resume(saved, out_dir / "last.pt")

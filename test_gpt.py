@@ -1179,7 +1179,7 @@ def test_a_longer_context_grows_positions_that_are_trained(base, tmp_path):
 
 def test_splits_share_no_text_and_no_group():
     examples = [{"text": str(i), "group": str(i // 3), "label": "ab"[i % 2]} for i in range(300)]
-    finetune.set_positions(examples, seed=1)
+    finetune.set_positions(examples, seed=1, positions={})
     splits = finetune.split_examples({"train": examples}, {"val": 0.1, "test": 0.2})
     groups = {name: {e["group"] for e in some} for name, some in splits.items()}
     for a, b in itertools.combinations(groups.values(), 2):
@@ -1205,11 +1205,26 @@ def test_a_conversation_forgets_its_oldest_exchanges():
 def test_a_chat_answers_line_by_line(base, tmp_path, capsys, monkeypatch):
     rows = [{"instruction": f"say {word}", "output": word} for word in ("red", "dog")] * 10
     data, val = write_rows(tmp_path / "x.jsonl", rows), write_rows(tmp_path / "val.jsonl", rows)
-    run_finetune(base, tmp_path / "o", data, f"--val={val}", "--max_iters=200")
+    flags = [f"--val={val}", "--max_iters=300", "--learning_rate=3e-3"]
+    run_finetune(base, tmp_path / "o", data, *flags)
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.StringIO("say dog\nsay red\n"))
     sample.main([f"--init_from={tmp_path}/o", "--chat", "--temperature=0"])
     assert capsys.readouterr().out == "dog\nred\n"
+
+
+def test_one_word_texts_and_few_prompts_train_too(base, tmp_path, monkeypatch):
+    rows = [{"text": "ab"[i % 2] * (i // 2 + 1), "label": "ab"[i % 2]} for i in range(40)]
+    data = write_rows(tmp_path / "x.jsonl", rows)
+    run_finetune(base, tmp_path / "o", data, "--task=classify", "--batch_size=1")
+    flags = ppo_task(base, tmp_path, monkeypatch, share_of_e, "--batch_size=3", "--max_iters=2")
+    finetune.main(flags)
+
+
+def test_preference_accuracy_can_be_measured_without_training(base, tmp_path, capsys):
+    data = write_rows(tmp_path / "x.jsonl", preferred(60))
+    finetune.main(["--task=dpo", f"--init_from={base}", f"--data={data}", "--eval_only"])
+    assert re.search(r"val +loss [\d.]+ +accuracy [\d.]+", capsys.readouterr().out)
 
 
 def test_multiple_choice_picks_the_likelier_ending(base, tmp_path, capsys):
@@ -1432,6 +1447,11 @@ BAD_EXAMPLES = {
     "the only label is ['b']": ("classify", [{"text": str(i), "label": "b"} for i in range(20)]),
     "too few examples": ("classify", [{"text": str(i), "label": str(i)} for i in range(4)]),
     "line 1: not an object": ("classify", [["a", "b"]]),
+    "line 1: there is no prompt": (
+        "instruct",
+        [{"messages": [{"role": "assistant", "content": "a"}]}],
+    ),
+    "line 1: messages need a role": ("dpo", [{"messages": [], "chosen": "a", "rejected": "b"}]),
     "line 1: there is no answer": ("instruct", [{"instruction": "a", "output": ""}]),
     "no column instruction or prompt": ("instruct", [{"output": "a"}]),
     "messages need a role": ("instruct", [{"messages": [{"role": "robot", "content": "a"}]}]),
@@ -1464,6 +1484,9 @@ def test_fine_tuning_that_cannot_be_is_named(base, tmp_path, capsys):
         (["--data=none.csv"], "none.csv: No such file"),
         (["--data=none.txt"], "give a .jsonl, .json, .csv or .tsv file"),
         (["--init_from=resume"], "no such checkpoint"),
+        (["--task=choice"], "x.jsonl, line 1: give ctx"),
+        (["--batch_size=0"], "batch_size must be 1 or more"),
+        ([f"--out_dir={base}"], "holds the model to begin with"),
         (["--text_field=body"], "no column body (found: text, label)"),
         (["--lora_rank=0"], "lora_rank must be 1 or more"),
     ]:

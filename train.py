@@ -74,7 +74,9 @@ class RunConfig:
     grad_clip: float = option(1.0, "the highest norm of the gradient (0: no clipping)")
     # evaluation and output
     eval_interval: int = option(500, "steps between evaluations, each of which saves")
-    patience: int | None = option(None, "stop after so many evaluations without a better loss")
+    patience: int | None = option(
+        None, "stop after so many evaluations without a better loss", least=1
+    )
     log_interval: int = option(100, "steps between lines of output")
     # the machine
     device: str | None = option(None, "cpu, cuda, mps (default: the best there is)")
