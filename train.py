@@ -437,6 +437,7 @@ class Trainer:
             self.restore(saved)
         self.logged = dict(self.state)  # at the last line of output
         self.losses = []  # of the steps since then
+        self.draw_after = 0.0
         self.stats = {}  # what else a kind of training reports of its last step
 
     def restore(self, saved):
@@ -582,8 +583,10 @@ class Trainer:
         line = "  ".join(filter(None, parts))
         print("\r\x1b[K" * live + line, end="" if passing else "\n", flush=True)
         self.logged, self.losses = dict(state), []
-        if "val_loss" in metrics:
-            draw_loss(self.metrics.path)
+        start, is_last = time.monotonic(), state["step"] == config.max_iters
+        if "val_loss" in metrics and (is_last or start > self.draw_after):
+            draw_loss(self.metrics.path)  # not so often that it would slow down training
+            self.draw_after = start + 20 * (time.monotonic() - start)
 
     def save(self, val_loss=math.inf):
         """best.pt where the validation loss has never been lower; always last.pt, with all that
