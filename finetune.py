@@ -1,4 +1,4 @@
-"""Teaches a trained GPT a task: to classify texts, to follow instructions, to prefer better answers.
+"""Teaches a trained GPT a task: to classify texts, follow instructions, prefer better answers.
 
     python finetune.py --task=classify      # which package of the library is a docstring from?
     python finetune.py --task=instruct      # "Explain os.path.join(path, *paths)." -> a sentence
@@ -14,8 +14,8 @@ The loop is train.py's. A task adds its examples, the batches it makes of them, 
 measured. Without --data, a task takes the examples that prepare_data.py makes of Python's manual.
 best.pt is a whole model, like any other; last.pt has only what was trained, and names the base.
 
-Reinforcement learning is simpler here than InstructGPT's (Ouyang et al. 2022): the value function is
-a head on the policy's trunk, since a model of its own would cost as much again; there is no
+Reinforcement learning is simpler here than InstructGPT's (Ouyang et al. 2022): the value function
+is a head on the policy's trunk, since a model of its own would cost as much again; there is no
 pretraining term (PPO-ptx), since the KL penalty is enough at this size; that penalty's coefficient
 is fixed, so that a run can be understood; and prompts come from a file, not from people.
 """
@@ -156,7 +156,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (B, T, rank)
-        return super().forward(x) + self.scale * F.linear(low, self.lora_B)
+        return super().forward(x) + F.linear(self.scale * low, self.lora_B)
 
     def merged(self):
         """The one matrix that does the same."""
@@ -873,7 +873,7 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
     """Direct preference optimisation: Rafailov et al. 2023, equation 7.
 
     Takes log-probabilities of whole answers, (P,), under the model and under its reference, which
-    it starts as. Returns losses and margins (P,): β[log π/ρ of the chosen − log π/ρ of the rejected].
+    it starts as. Returns losses and margins, β[log π/ρ of the chosen − log π/ρ of the rejected].
     """
     margins = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
     return -F.logsigmoid(margins), margins
@@ -1296,18 +1296,23 @@ def weights_digest(checkpoint):
     return digest.hexdigest()
 
 
+def resumed_run(flags, out_dir):
+    """The config and the last.pt of a run that is to go on."""
+    saved = load_checkpoint(out_dir / "last.pt")
+    config = merge_flags(FinetuneConfig, saved, flags, out_dir / "last.pt")
+    if config.eval_only or config.predict is not None:
+        raise ValueError(f"--init_from=resume is for training; --init_from={out_dir} measures")
+    return dataclasses.replace(config, out_dir=str(out_dir)), saved  # it may have been moved
+
+
 @script
 def main(argv=None):
     flags = parse_flags(FinetuneConfig, __doc__, argv)
     config, saved = FinetuneConfig(**flags), None
     out_dir, path = pathlib.Path(config.out_dir), config.init_from
     if path == "resume":
-        saved = load_checkpoint(out_dir / "last.pt")
-        config = merge_flags(FinetuneConfig, saved, flags, out_dir / "last.pt")
-        config = dataclasses.replace(config, out_dir=str(out_dir))  # it may have been moved
+        config, saved = resumed_run(flags, out_dir)
         path = saved.get("base", {}).get("path", "its base")
-        if config.eval_only or config.predict is not None:
-            raise ValueError(f"--init_from=resume is for training; --init_from={out_dir} measures")
     machine, start = Machine(config), load_checkpoint(path)
     if machine.world_size > 1:
         raise ValueError("finetune.py runs as one process: start it without torchrun")

@@ -10,7 +10,7 @@
 The architecture is GPT-2's (Radford et al. 2019): a decoder-only transformer (Vaswani et al. 2017,
 "Attention Is All You Need") with LayerNorm before each branch, learned positions and tanh GELU.
 Parameters bear the names of Hugging Face's GPT-2 (whose matrices, but for the embeddings, are the
-transpose of these). Shapes in comments: B sequences in a batch, T tokens in each, C = n_embd channels.
+transpose of these). Shapes in comments: B sequences in a batch, T tokens in each, C = n_embd.
 """
 
 import contextlib
@@ -512,7 +512,7 @@ def load_checkpoint(path):
 
 
 def from_nanogpt(weights, config):
-    """nanoGPT's weights and model_args -> a checkpoint like ours. Parameters have the same names."""
+    """nanoGPT's weights and model_args -> a checkpoint like ours; names are the same."""
     print("note: nanoGPT trains with the exact GELU; this is GPT-2's, by tanh", file=sys.stderr)
     weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}

@@ -308,8 +308,8 @@ def first_sentence(docstring):
 
 
 def manual_examples():
-    """Examples for finetune.py from Python's manual: {task: [{...}]}. Those of a module are a group,
-    which no split divides.
+    """Examples for finetune.py from Python's manual: {task: [{...}]}. Those of a module are one
+    group, which no split divides.
 
     classify: a docstring, and the package it is from, one of those that have many modules.
     instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring; for every second
@@ -399,12 +399,7 @@ def train_bpe(texts, vocab_size):
     # From here on a piece is a string with one character for each token: byte 65 and token 65 are
     # chr(65). So a pair is a string of two, and merging it is str.replace.
     pieces = [piece.encode().decode("latin-1") for piece in pieces]
-    pair_counts = collections.Counter()
-    pieces_with = collections.defaultdict(set)  # pair -> the pieces that have, or had, it
-    for i, piece in enumerate(pieces):
-        for pair in map(str.__add__, piece, piece[1:]):
-            pair_counts[pair] += counts[i]
-            pieces_with[pair].add(i)
+    pair_counts, pieces_with = count_pairs(pieces, counts)
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     tokens = [bytes([byte]) for byte in range(256)]
@@ -430,6 +425,16 @@ def train_bpe(texts, vocab_size):
         for gained, count in new_counts.items():
             heapq.heappush(heap, (-count, gained))
     return {token: rank for rank, token in enumerate(tokens)}
+
+
+def count_pairs(pieces, counts):
+    """How often each pair of neighbours occurs, and the pieces (their numbers) that have it."""
+    pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
+    for i, piece in enumerate(pieces):
+        for pair in map(str.__add__, piece, piece[1:]):
+            pair_counts[pair] += counts[i]
+            pieces_with[pair].add(i)
+    return pair_counts, pieces_with
 
 
 def changed_pairs(piece, pair, new):

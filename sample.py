@@ -213,8 +213,7 @@ def print_surprise(model, tokenizer, text):
     print(f"{bits:.1f} bits in {length} bytes: {bits / length:.2f} bits/byte")
 
 
-@script
-def main(argv=None):
+def parse_args(argv):
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--init_from", default="out", help="a run's folder, gpt2, a Hugging Face folder")
@@ -239,6 +238,14 @@ def main(argv=None):
         raise ValueError(f"--top_p={args.top_p}: must be above 0 and at most 1")
     if args.start is not None and (args.chat or args.save_pretrained is not None):
         raise ValueError("--start is for text, not for --chat or --save_pretrained")
+    if (args.attention or args.surprise) and args.start is None:
+        raise ValueError("--attention and --surprise look at a text: give --start")
+    return args
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
     prompt = None if args.start is None else read_prompt(args.start)
     model, tokenizer, checkpoint = load_model(args.init_from, pick_device(args.device))
     if args.chat:
@@ -249,8 +256,6 @@ def main(argv=None):
         model.save_pretrained(args.save_pretrained, tokenizer.encode_single_token(END_OF_TEXT))
         print(f"wrote model and tokenizer to {args.save_pretrained}")
         return
-    if (args.attention or args.surprise) and prompt is None:
-        raise ValueError("--attention and --surprise look at a text: give --start")
     if args.attention:
         draw_attention(model, tokenizer, prompt, pathlib.Path(args.attention))
     if args.surprise:

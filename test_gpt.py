@@ -140,7 +140,7 @@ def assert_equal(a, b):
 
 @contextlib.contextmanager
 def web_server(answers):
-    """A server on this machine: answers {path: (bytes, headers)} -> its address, paths asked for."""
+    """A server here that gives answers {path: (bytes, headers)} -> its address, paths asked for."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

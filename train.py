@@ -10,8 +10,8 @@
 
 The loop: batch -> loss -> gradients -> clip -> AdamW, evaluated now and then. A run writes
 out_dir/last.pt (all that is needed to go on), best.pt (the model with the lowest validation loss,
-for sample.py), metrics.csv and, with matplotlib, loss.png. On a CPU, the same seed and number of threads give the same weights
-bit for bit, also when a run is stopped and resumed.
+for sample.py), metrics.csv and, with matplotlib, loss.png. On a CPU, the same seed and number of
+threads give the same weights bit for bit, also when a run is stopped and resumed.
 """
 
 import argparse
@@ -190,7 +190,8 @@ class Windows:
         rng = np.random.default_rng([self.seed, epoch])
         slack = self.tokens - 1 - self.per_epoch * self.block_size
         self.phase = int(rng.integers(min(slack + 1, self.block_size)))
-        self.order = rng.permutation(np.arange(self.per_epoch, dtype=np.uint32))
+        self.order = np.arange(self.per_epoch, dtype=np.uint32)
+        rng.shuffle(self.order)
         self.epoch = epoch
 
     def batch(self, first, count):
@@ -583,9 +584,14 @@ class Trainer:
         line = "  ".join(filter(None, parts))
         print("\r\x1b[K" * live + line, end="" if passing else "\n", flush=True)
         self.logged, self.losses = dict(state), []
-        start, is_last = time.monotonic(), state["step"] == config.max_iters
-        if "val_loss" in metrics and (is_last or start > self.draw_after):
-            draw_loss(self.metrics.path)  # not so often that it would slow down training
+        if "val_loss" in metrics:
+            self.draw()
+
+    def draw(self):
+        """loss.png, but not so often that it would slow down training."""
+        start = time.monotonic()
+        if start > self.draw_after or self.state["step"] == self.config.max_iters:
+            draw_loss(self.metrics.path)
             self.draw_after = start + 20 * (time.monotonic() - start)
 
     def save(self, val_loss=math.inf):
