@@ -400,8 +400,7 @@ def train_bpe(texts, vocab_size):
     # chr(65). So a pair is a string of two, and merging it is str.replace.
     pieces = [piece.encode().decode("latin-1") for piece in pieces]
     pair_counts, pieces_with = count_pairs(pieces, counts)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
+    heap = sorted((-count, pair) for pair, count in pair_counts.items())  # sorted is a heap, too
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and len(tokens) < vocab_size:
         queued, pair = heapq.heappop(heap)
