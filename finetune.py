@@ -3,7 +3,7 @@
     python finetune.py --task=classify      # which package of the library is a docstring from?
     python finetune.py --task=instruct      # "Explain os.path.join(path, *paths)." -> a sentence
     python finetune.py --task=classify --data=spam.tsv --out_dir=out/spam --train=lora
-    python finetune.py --task=classify --init_from=out/spam --predict="You have won! Call 09061701461"
+    python finetune.py --task=classify --init_from=out/spam --predict="You won! Call 09061701461"
     python finetune.py --task=instruct --init_from=gpt2 --data=instructions.json
     python finetune.py --task=choice --data=hellaswag.jsonl             # only measures
     python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
