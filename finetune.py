@@ -123,6 +123,8 @@ class FinetuneConfig(RunConfig):
         task = TASKS[self.task]
         if self.predict is not None and not hasattr(task, "predict"):
             raise ValueError("--predict is for --task=classify and --task=reward")
+        if self.test is not None and "test" not in task.fractions:
+            raise ValueError("--test is for --task=classify; the others have --val")
         if self.train == "head" and not task.has_head:
             raise ValueError("--train=head: this task has no head of its own; there is last_block")
         defaults = {"out_dir": f"out/{self.task}", "log_interval": 50, "dropout": 0.0}
@@ -181,7 +183,7 @@ def merged_weights(gpt):
 
 
 def freeze(gpt, train):
-    """Leaves those weights trainable that --train names; a head of the task's own always is."""
+    """Freezes all of gpt but what --train names; a task's own head lies outside, and learns."""
     gpt.requires_grad_(train == "all")
     if train == "last_block":
         gpt.transformer.h[-1].requires_grad_(True)
@@ -350,9 +352,13 @@ class Shuffled:
 class Task:
     """What train.Trainer asks of a task, as far as all of them here answer alike.
 
-    Each adds defaults, of the config; parse, a row of a file to an example, whose "position"
-    decides on its split; encode, an example to lists of numbers, of which the first is idx;
-    collate, such lists to tensors; and report, on the model at the end.
+    Each adds
+
+    defaults            of the config
+    parse(row, where)   a row of a file -> an example, whose "position" decides on its split
+    encode(example)     -> lists of numbers, of which the first is idx
+    collate(encoded)    a batch of these -> tensors, of which the last has the targets
+    report(folder)      prints, and writes where there is a folder, what the model does at the end
     """
 
     columns, bits_per_byte, header, has_head = ("val_loss",), None, (), False
@@ -1049,13 +1055,13 @@ def advantages_of(rewards, values, answered):
     All (B, T): at t the state that predicts token t + 1; answered marks those whose token belongs
     to the answer. A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 at the end.
     """
-    advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    next_value = torch.zeros_like(following)
+    advantages = torch.zeros_like(rewards)
+    next_advantage = next_value = torch.zeros_like(rewards[:, 0])  # both 0 outside the answer
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + GAMMA * next_value - values[:, t]
-        following = (delta + GAMMA * LAMBDA * following) * answered[:, t]
+        next_advantage = (delta + GAMMA * LAMBDA * next_advantage) * answered[:, t]
         next_value = values[:, t] * answered[:, t]
-        advantages[:, t] = following
+        advantages[:, t] = next_advantage
     return advantages
 
 
@@ -1181,7 +1187,8 @@ class PPO(Task):
         answered = targets != -100
         self.model.eval()
         log_probs, entropy, values = self.model(idx, targets)
-        drift = log_probs - token_log_probs(self.reference, idx, targets)  # sums to the KL
+        # its sum over an answer estimates, in the mean over answers, the KL from the reference
+        drift = log_probs - token_log_probs(self.reference, idx, targets)
         rewards = -self.config.beta * drift
         last = answered.size(1) - 1 - answered.int().flip(1).argmax(1)  # where each answer ends
         rewards[torch.arange(len(idx)), last] += scores
@@ -1334,7 +1341,7 @@ def main(argv=None):
     task.prepare()
     if saved:
         task.resume(saved, out_dir / "last.pt")
-    task.model.to(machine.device).train()
+    task.model.train()
     trainer = (PPOTrainer if config.task == "ppo" else Trainer)(config, machine, task, saved)
     with sole_owner(out_dir):
         if not saved:

@@ -1477,6 +1477,7 @@ def test_fine_tuning_that_cannot_be_is_named(base, tmp_path, capsys):
     for flags, complaint in [
         (["--task=swim"], "--task=swim: unknown; there are classify"),
         (["--train=some"], "--train=some: unknown"),
+        (["--task=instruct", "--test=x.jsonl"], "--test is for --task=classify"),
         (["--task=instruct", "--train=head"], "no head of its own"),
         ([f"--val={other}"], "val.jsonl, line 1: training has no label 'bird'"),
         (["--predict=a"], "has no head for this; --task=classify trains one"),
@@ -1501,7 +1502,7 @@ def test_fine_tuning_that_cannot_be_is_named(base, tmp_path, capsys):
     assert "only what finetune.py has trained" in line
 
 
-def test_the_default_examples_hold_every_module_together(tmp_path):
+def test_the_default_examples_are_complete_and_name_their_module():
     examples = prepare_data.manual_examples()
     labels = [example["label"] for example in examples["classify"]]
     assert len(set(labels)) >= 4

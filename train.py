@@ -486,7 +486,10 @@ class Trainer:
                 stop = self.agree(caught)
         if stop:
             self.save()
-            print(f"stopped after step {state['step']}; --init_from=resume goes on from there")
+            start = "\n" * sys.stdout.isatty()  # leave the line that changes
+            print(
+                f"{start}stopped after step {state['step']}; --init_from=resume goes on from there"
+            )
             raise SystemExit(128 + stop)
 
     def agree(self, caught):
