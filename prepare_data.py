@@ -886,6 +886,18 @@ def gather(args, spool):
     return np.frombuffer(digests, np.uint64), too_short
 
 
+def mark_first(digests, part_size=1_000_000):
+    """Which of the digests are the first of their value. They are looked at in parts, by their
+    remainders, so that little memory is needed beside theirs."""
+    is_first, parts = np.zeros(len(digests), bool), len(digests) // part_size + 1
+    starts = range(0, len(digests), part_size)
+    for part in range(parts):
+        in_part = (digests[start : start + part_size] % parts == part for start in starts)
+        mine = np.concatenate([s + np.flatnonzero(found) for s, found in zip(starts, in_part)])
+        is_first[mine[np.unique(digests[mine], return_index=True)[1]]] = True
+    return is_first
+
+
 def distinct_texts(spool, digests, is_first, label):
     """Yields (digest, text) of the gathered documents that are the first with their text."""
     progress = Progress(label, spool.stat().st_size)
@@ -980,8 +992,7 @@ def prepare(args, spec, folder):
     """Makes the data folder, complete but for its final name. Returns meta and tokenizer."""
     spool = folder / "text"
     digests, too_short = gather(args, spool)
-    is_first = np.zeros(len(digests), bool)
-    is_first[np.unique(digests, return_index=True)[1]] = True
+    is_first = mark_first(digests)
     if spec is None:
         texts = distinct_texts(spool, digests, is_first, "learning tokens")
         fraction = min(1, args.bpe_sample_mb * 1e6 / spool.stat().st_size)
@@ -997,7 +1008,7 @@ def prepare(args, spec, folder):
         "dtype": token_dtype(tokenizer.n_vocab).name,
         "splits": encode_texts(texts, tokenizer, folder, args.threads),
         "sources": args.inputs or [f"the manual of Python {platform.python_version()}"],
-        "digest": hashlib.sha256(digests[is_first]).hexdigest(),  # of all the text
+        "digest": hashlib.sha256(digests).hexdigest(),  # of all the text
     }
     spool.unlink()
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
