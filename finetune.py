@@ -39,16 +39,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GPT, load_checkpoint, next_token_loss
+from gpt import GPT, load_checkpoint, next_token_loss, replacing
 from prepare_data import (
     END_OF_TEXT,
     build_tokenizer,
     chat_parts,
+    chat_prompt,
     clean,
     decode,
     default_template,
     parse_json,
     position,
+    read_json,
     replace_text,
     script,
     sole_owner,
@@ -85,7 +87,7 @@ class FinetuneConfig(RunConfig):
     block_size: int | None = option(
         None, "another context; a longer one trains the position table", fixed=True, least=1
     )
-    # where None stands, see the task's defaults
+    # where None stands, a task has its own default
     dropout: float | None = option(None, "on embeddings and residual branches", fixed=True)
     batch_size: int | None = option(None, "examples in a micro-batch", fixed=True, least=1)
     learning_rate: float | None = option(None, "the highest, at the end of warmup")
@@ -127,9 +129,7 @@ class FinetuneConfig(RunConfig):
             raise ValueError("--test is for --task=classify; the others have --val")
         if self.train == "head" and not task.has_head:
             raise ValueError("--train=head: this task has no head of its own; there is last_block")
-        defaults = {"out_dir": f"out/{self.task}", "log_interval": 50, "dropout": 0.0}
-        defaults |= task.defaults
-        for name, value in defaults.items():
+        for name, value in {"out_dir": f"out/{self.task}", **task.defaults}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.eval_only |= self.task == "choice"
@@ -202,24 +202,13 @@ def read_rows(path, columns=()):
     A .tsv file of two columns without a header line has these columns.
     """
     path = pathlib.Path(path)
-    if path.suffix == ".jsonl":
-        lines = path.read_bytes().split(b"\n")
-        rows = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-        rows = ((where, parse_json(line, where)) for where, line in rows)
-    elif path.suffix == ".json":
-        rows = parse_json(path.read_bytes(), path)
-        rows = rows if isinstance(rows, list) else [rows]
-        rows = ((f"{path}, item {n}", row) for n, row in enumerate(rows, 1))
-    elif path.suffix in (".csv", ".tsv"):
-        rows = read_table(path, columns)
-    else:
+    if path.suffix not in (".jsonl", ".json", ".csv", ".tsv"):
         raise ValueError(f"{path}: give a .jsonl, .json, .csv or .tsv file")
+    rows = read_json(path) if "json" in path.suffix else read_table(path, columns)
     for where, row in rows:
-        match row:
-            case dict():
-                yield where, row
-            case _:
-                raise ValueError(f"{where}: not an object with columns")
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: not an object with columns")  # noqa: TRY004
+        yield where, row
 
 
 def read_table(path, columns):
@@ -275,6 +264,21 @@ def messages_of(row, where):
                     f"{where}: messages need a role (system, user, assistant) and a content"
                 )
     return found
+
+
+def prompt_of(row, where):
+    """The example of a row whose answers come from elsewhere: "messages" up to where they begin."""
+    messages = messages_of({name: row[name] for name in row if name != "output"}, where)
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError(f"{where}: there is no prompt")
+    return {"messages": messages, "position": position_of(row, messages)}
+
+
+def position_of(row, prompt):
+    """From 0 to 1: the same for all rows of a group, or else of a prompt."""
+    return position(str(row.get("group") or "\n".join(m["content"] for m in prompt)))
 
 
 def split_examples(files, fractions):
@@ -362,7 +366,7 @@ class Task:
     """
 
     columns, bits_per_byte, header, has_head = ("val_loss",), None, (), False
-    defaults: ClassVar = {}
+    defaults: ClassVar = {"batch_size": 8, "dropout": 0.0, "log_interval": 50}
     fractions: ClassVar = {"val": 0.1}  # of the examples, where no files are given
     file = "instruct.jsonl"  # in the default data folder
 
@@ -458,6 +462,47 @@ class Task:
         """All of a split in batches, in order."""
         lists, size = self.encoded[split], 2 * self.config.batch_size
         return (self.collate(lists[i : i + size]) for i in range(0, len(lists), size))
+
+    @torch.no_grad()
+    def outputs(self, split, function):
+        """What function makes of each batch of a split, with dropout off: (N, ...), on the CPU."""
+        self.model.eval()
+        found = []
+        for tensors in self.batches(split):
+            with self.machine.autocast():
+                found.append(function(*self.machine.put(*tensors)).float().cpu())
+        self.model.train()
+        return torch.cat(found)
+
+    def answers(self, gpt, prompts, temperature=1.0, generator=None):
+        """What gpt says to each of the prompts, in tokens, with the end token where it ended."""
+        by_length, answers = collections.defaultdict(list), {}
+        for i, prompt in enumerate(prompts):
+            by_length[len(prompt)].append(i)
+        for same in by_length.values():
+            (idx,) = self.machine.put(torch.tensor([prompts[i] for i in same]))
+            steps = gpt.eval().generate(
+                idx,
+                self.config.max_new_tokens,
+                temperature,
+                stop_token=self.end,
+                generator=generator,
+            )
+            for i, tokens in zip(same, torch.stack(list(steps), dim=1).tolist()):
+                stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
+                answers[i] = tokens[:stop]
+        return [answers[i] for i in range(len(prompts))]
+
+    def row(self, messages, loss_on_prompt=False):
+        """A conversation -> idx, targets: see to_row."""
+        parts = chat_parts(messages, self.tokenizer, self.template)
+        self.cut += sum(len(part) for part, _ in parts) > self.block_size + 1
+        return to_row(parts, self.block_size, loss_on_prompt)
+
+    def text(self, answer):
+        """The text of an answer's tokens, and whether it ended by itself."""
+        ended = answer[-1] == self.end
+        return self.tokenizer.decode(answer[:-1] if ended else answer), ended
 
     def evaluate(self):
         return {"val_loss": mean_loss(self.model, self.machine, self.batches("val"))}
@@ -555,7 +600,7 @@ class Classifier(WithHead):
 class Classify(Task):
     """Texts to labels. Its best.pt has the "labels" and their "head", too."""
 
-    defaults: ClassVar = {"batch_size": 8, "learning_rate": 1e-3, "epochs": 5.0}
+    defaults: ClassVar = {**Task.defaults, "learning_rate": 1e-3, "epochs": 5.0}
     columns, has_head = ("val_loss", "val_accuracy"), True
     fractions: ClassVar = {"val": 0.1, "test": 0.2}
     file = "classify.jsonl"
@@ -612,17 +657,11 @@ class Classify(Task):
         rows, labels = zip(*encoded)
         return pad(rows, self.end), torch.tensor([len(r) - 1 for r in rows]), torch.tensor(labels)
 
-    @torch.no_grad()
     def log_probs(self, split):
-        """Of the labels for each of a split's examples, in order: (N, classes)."""
-        self.model.eval()
-        found = []
-        for idx, last, _ in self.batches(split):
-            with self.machine.autocast():
-                scores = self.model.scores(*self.machine.put(idx, last))
-            found.append(scores.float().log_softmax(-1))
-        self.model.train()
-        return torch.cat(found).cpu()
+        """Of each label, for a split's examples in order: (N, classes)."""
+        return self.outputs(split, lambda idx, last, _: self.model.scores(idx, last)).log_softmax(
+            -1
+        )
 
     def evaluate(self):
         log_probs = self.log_probs("val")
@@ -717,9 +756,8 @@ def draw_confusion(confusion, labels, path):
     panel.set_xticks(range(len(labels)), labels, rotation=90)
     panel.set_yticks(range(len(labels)), labels)
     panel.set(xlabel="predicted", ylabel="label")
-    temporary = path.with_name("confusion.tmp.png")
-    figure.savefig(temporary, dpi=100)
-    temporary.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 # --- following instructions -----------------------------------------------------------------------
@@ -729,7 +767,7 @@ class Instruct(Task):
     """Prompts to answers: the next-token loss, on the answers' tokens alone."""
 
     defaults: ClassVar = {
-        "batch_size": 8,
+        **Task.defaults,
         "learning_rate": 5e-4,
         "epochs": 2.0,
         "max_new_tokens": 128,
@@ -742,18 +780,12 @@ class Instruct(Task):
             raise ValueError(f"{where}: there is no answer to learn")
         while messages[-1]["role"] != "assistant":  # nothing is learned from what comes after
             messages = messages[:-1]
-        prompts = "\n".join(m["content"] for m in messages[:-1])
-        if not prompts:
+        if not any(m["content"] for m in messages[:-1]):
             raise ValueError(f"{where}: there is no prompt")
-        return {"messages": messages, "position": position(str(row.get("group") or prompts))}
+        return {"messages": messages, "position": position_of(row, messages[:-1])}
 
     def encode(self, example):
-        parts = self.parts(example["messages"])
-        self.cut += sum(len(part) for part, _ in parts) > self.block_size + 1
-        return to_row(parts, self.block_size, self.config.loss_on_prompt)
-
-    def parts(self, messages):
-        return chat_parts(messages, self.tokenizer, self.template)
+        return self.row(example["messages"], self.config.loss_on_prompt)
 
     def collate(self, encoded):
         """[(idx, targets)] -> (B, T), (B, T)."""
@@ -767,27 +799,19 @@ class Instruct(Task):
     def report(self, folder):
         """Lets the model answer held-out prompts; writes responses.jsonl."""
         print(*(f"{name} {value:.4f}" for name, value in self.evaluate().items()), sep="  ")
+        conversations = [example["messages"] for example in self.examples["val"][:MEASURED]]
+        prompts = [
+            chat_prompt(messages[:-1], self.tokenizer, self.template) for messages in conversations
+        ]
+        answers = map(self.text, self.answers(self.gpt, prompts, temperature=0))
         lines, stopped = [], 0
-        for example in self.examples["val"][:MEASURED]:
-            *conversation, expected = example["messages"]
-            prompt = [t for part, _ in self.parts(example["messages"])[:-1] for t in part]
-            answer, ended = self.answer(prompt)
+        for (*asked, expected), (answer, ended) in zip(conversations, answers):
+            lines.append({"messages": asked, "answer": answer, "expected": expected["content"]})
             stopped += ended
-            lines.append(
-                {"messages": conversation, "answer": answer, "expected": expected["content"]}
-            )
         for line in lines[:3]:
             print(f"\n{line['messages'][-1]['content']}\n-> {line['answer']}")
         print(f"\n{stopped / len(lines):.1%} of {len(lines)} answers stop by themselves")
         write_lines(folder, "responses.jsonl", lines)
-
-    def answer(self, prompt):
-        """The likeliest continuation of tokens -> (text, whether it ended by itself)."""
-        idx = self.machine.put(torch.tensor([prompt]))[0]
-        steps = self.gpt.eval().generate(idx, self.config.max_new_tokens, 0, stop_token=self.end)
-        tokens = [int(token) for token in steps]
-        ended = tokens[-1] == self.end
-        return self.tokenizer.decode(tokens[:-1] if ended else tokens), ended
 
 
 # --- multiple choice ------------------------------------------------------------------------------
@@ -836,19 +860,19 @@ class Choice(Task):
 
 
 class Preferences(Task):
-    """Pairs of answers to a prompt, of which the first is preferred to the second."""
+    """Pairs of answers to a prompt, of which the first is preferred to the second.
+
+    Each kind adds measure(split) -> {name: (N,)}, about every pair. Their means are its evaluation.
+    """
 
     file = "preference.jsonl"
 
     def parse(self, row, where):
-        row = {name: value for name, value in row.items() if name != "output"}
-        messages, pair = messages_of(row, where), {}
-        for name in ("chosen", "rejected"):
-            pair[name] = text_of(row, [name], where)
-            if not pair[name]:
+        pair = {name: text_of(row, [name], where) for name in ("chosen", "rejected")}
+        for name, text in pair.items():
+            if not text:
                 raise ValueError(f"{where}: {name} is empty")
-        key = str(row.get("group") or messages[-1]["content"])
-        return {"messages": messages, **pair, "position": position(key)}
+        return {**prompt_of(row, where), **pair}
 
     def split(self, files):
         kept = {
@@ -859,20 +883,20 @@ class Preferences(Task):
         print(f"dropped {dropped:,} pairs of equal answers")
         return super().split(kept)
 
-    def encode(self, example):
-        """idx and targets of the chosen answer, then of the rejected one."""
-        rows = []
+    def conversations(self, example):
+        """The one that ends with the chosen answer, and that with the rejected one."""
         for name in ("chosen", "rejected"):
-            answer = {"role": "assistant", "content": example[name]}
-            parts = chat_parts([*example["messages"], answer], self.tokenizer, self.template)
-            self.cut += sum(len(part) for part, _ in parts) > self.block_size + 1
-            rows += to_row(parts, self.block_size)
-        return rows
+            yield [*example["messages"], {"role": "assistant", "content": example[name]}]
 
-    def collate(self, encoded):
-        """-> idx (2P, T), targets (2P, T): all that are chosen, then all that are rejected."""
-        idx, targets, rejected_idx, rejected_targets = zip(*(lists[:4] for lists in encoded))
-        return pad(idx + rejected_idx, self.end), pad(targets + rejected_targets, -100)
+    def means(self, split):
+        return {name: values.mean().item() for name, values in self.measure(split).items()}
+
+    def evaluate(self):
+        return {f"val_{name}": mean for name, mean in self.means("val").items()}
+
+    def report(self, folder):
+        for split in filter(self.encoded.get, ("train", "val")):
+            print(f"{split:5}", *(f"{k} {v:.4f}" for k, v in self.means(split).items()), sep="  ")
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
@@ -899,52 +923,45 @@ class DPO(Preferences):
     """Makes the chosen answers likelier than the rejected, without going far from the reference,
     which is the model at the start."""
 
-    defaults: ClassVar = {"batch_size": 8, "learning_rate": 1e-4, "epochs": 3.0, "beta": 0.1}
+    defaults: ClassVar = {**Task.defaults, "learning_rate": 1e-4, "epochs": 3.0, "beta": 0.1}
     columns = ("val_loss", "val_accuracy", "val_margin", "val_chosen", "val_rejected")
 
     def make_model(self):
         return DPOModel(self.gpt, self.config.beta)
 
-    def prepare(self):
-        super().prepare()
-        for split, encoded in self.encoded.items():  # the reference's, computed once
-            reference = iter(self.log_probs(split))
-            self.encoded[split] = [[*lists, *next(reference).tolist()] for lists in encoded]
-
-    @torch.no_grad()
-    def log_probs(self, split):
-        """Log-probabilities of a split's answers, chosen and rejected: (N, 2)."""
-        self.model.eval()
-        found = [torch.empty(0, 2)]
-        for idx, targets, *_ in self.batches(split):
-            with self.machine.autocast():
-                sums = token_log_probs(self.gpt, *self.machine.put(idx, targets)).sum(1)
-            found.append(sums.view(2, -1).T.cpu())
-        self.model.train()
-        return torch.cat(found)
+    def encode(self, example):
+        """idx and targets of the chosen answer, then of the rejected one; and the reference's log p
+        of both, which prepare fills in. (Where it does not, as for --eval_only, the margin is that
+        of plain log-probabilities.)"""
+        chosen, rejected = map(self.row, self.conversations(example))
+        return [*chosen, *rejected, 0.0, 0.0]
 
     def collate(self, encoded):
-        if len(encoded[0]) == 4:  # the reference's are still missing
-            return super().collate(encoded)
-        chosen, rejected = zip(*(lists[4:] for lists in encoded))
-        return *super().collate(encoded), torch.tensor(chosen + rejected)
+        """-> idx (2P, T), targets (2P, T), reference (2P,): all chosen, then all rejected."""
+        idx, targets, rejected_idx, rejected_targets, chosen, rejected = zip(*encoded)
+        rows = pad(idx + rejected_idx, self.end), pad(targets + rejected_targets, -100)
+        return *rows, torch.tensor(chosen + rejected)
+
+    def prepare(self):
+        super().prepare()
+        for split in filter(self.encoded.get, self.encoded):
+            for lists, reference in zip(self.encoded[split], self.log_probs(split).tolist()):
+                lists[4:] = reference
+
+    def log_probs(self, split):
+        """Log-probabilities of a split's answers, chosen and rejected: (N, 2)."""
+        return self.outputs(
+            split,
+            lambda idx, targets, _: token_log_probs(self.gpt, idx, targets).sum(1).view(2, -1).T,
+        )
 
     def measure(self, split):
         chosen, rejected = self.log_probs(split).T
-        # without a reference, as in --eval_only, this compares plain log-probabilities
-        reference = torch.tensor([lists[4:] or [0.0, 0.0] for lists in self.encoded[split]]).T
+        reference = torch.tensor([lists[4:] for lists in self.encoded[split]]).T
         losses, margins = dpo_loss(chosen, rejected, *reference, self.config.beta)
-        return [losses, (margins > 0).float(), margins, chosen, rejected]
-
-    def evaluate(self):
-        means = [values.mean().item() for values in self.measure("val")]
-        return dict(zip(self.columns, means))
-
-    def report(self, folder):
-        for split in ("train", "val"):
-            names = ("loss", "accuracy", "margin", "log p of chosen", "of rejected")
-            means = [values.mean().item() for values in self.measure(split)]
-            print(f"{split:5}", *(f"{n} {mean:.3f}" for n, mean in zip(names, means)), sep="  ")
+        right = (margins > 0).float()
+        names = ("loss", "accuracy", "margin", "chosen", "rejected")
+        return dict(zip(names, (losses, right, margins, chosen, rejected)))
 
 
 class RewardModel(WithHead):
@@ -965,12 +982,7 @@ class RewardModel(WithHead):
 class Reward(Preferences):
     """Scores answers, the better the higher; the mean of those in training is 0."""
 
-    defaults: ClassVar = {
-        "batch_size": 8,
-        "learning_rate": 1e-3,
-        "epochs": 3.0,
-        "dropout": 0.2,
-    }
+    defaults: ClassVar = {**Task.defaults, "learning_rate": 1e-3, "epochs": 3.0, "dropout": 0.2}
     columns, has_head = ("val_loss", "val_accuracy", "val_chosen", "val_rejected"), True
 
     def make_model(self):
@@ -978,58 +990,39 @@ class Reward(Preferences):
 
     def encode(self, example):
         """The tokens of the conversation with the chosen answer, then with the rejected one."""
-        prompt = example["messages"]
-        answers = (example["chosen"], example["rejected"])
-        return [self.tokens([*prompt, {"role": "assistant", "content": a}]) for a in answers]
+        return list(map(self.tokens, self.conversations(example)))
 
     def tokens(self, messages):
-        idx, targets = to_row(
-            chat_parts(messages, self.tokenizer, self.template), self.block_size - 1
-        )
+        parts = chat_parts(messages, self.tokenizer, self.template)
+        idx, targets = to_row(parts, self.block_size - 1)
         return [*idx, targets[-1]]  # with the end token, where the head reads
 
     def collate(self, encoded):
         """-> idx (2P, T), where the last token is (2P,): all that are chosen, then the others."""
-        rows = [chosen for chosen, _ in encoded] + [rejected for _, rejected in encoded]
+        chosen, rejected = zip(*encoded)
+        return self.with_last(chosen + rejected)
+
+    def with_last(self, rows):
         return pad(rows, self.end), torch.tensor([len(row) - 1 for row in rows])
 
     @torch.no_grad()
     def score(self, conversations):
         """Lists of messages -> their scores, (N,)."""
-        rows = list(map(self.tokens, conversations))
-        last = torch.tensor([len(row) - 1 for row in rows])
-        tensors = self.machine.put(pad(rows, self.end), last)
+        tensors = self.machine.put(*self.with_last(list(map(self.tokens, conversations))))
         return self.model.eval().scores(*tensors)[:, 0].float().cpu()
 
-    @torch.no_grad()
-    def measure(self, split):
+    def pair_scores(self, split):
         """Scores of a split's answers, chosen and rejected: (N, 2)."""
-        self.model.eval()
-        found = [torch.empty(0, 2)]
-        for tensors in self.batches(split):
-            with self.machine.autocast():
-                scores = self.model.scores(*self.machine.put(*tensors))
-            found.append(scores.float().view(2, -1).T.cpu())
-        self.model.train()
-        return torch.cat(found)
+        return self.outputs(split, lambda idx, last: self.model.scores(idx, last).view(2, -1).T)
 
-    def evaluate(self):
-        chosen, rejected = self.measure("val").T
-        values = [-F.logsigmoid(chosen - rejected), (chosen > rejected).float(), chosen, rejected]
-        return dict(zip(self.columns, (value.mean().item() for value in values)))
+    def measure(self, split):
+        chosen, rejected = self.pair_scores(split).T
+        losses, right = -F.logsigmoid(chosen - rejected), (chosen > rejected).float()
+        return {"loss": losses, "accuracy": right, "chosen": chosen, "rejected": rejected}
 
     def best(self):
-        best, mean = super().best(), self.measure("train").mean().to(self.machine.device)
+        best, mean = super().best(), self.pair_scores("train").mean().to(self.machine.device)
         return {**best, "head": {**best["head"], "bias": best["head"]["bias"] - mean}}
-
-    def report(self, folder):
-        for split in ("train", "val"):
-            if self.encoded[split]:
-                chosen, rejected = self.measure(split).T
-                print(
-                    f"{split:5}  pair accuracy {(chosen > rejected).float().mean():.4f}  "
-                    f"mean score of chosen {chosen.mean():+.3f}, of rejected {rejected.mean():+.3f}"
-                )
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation in JSON, as a line of a file is."""
@@ -1079,14 +1072,13 @@ def ppo_loss(log_probs, old_log_probs, advantages, mask):
     return losses[mask].mean(), (ratio != clipped)[mask].float().mean()
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(WithHead):
     """A GPT that also says what score it expects."""
 
     def __init__(self, gpt):
-        super().__init__()
-        self.gpt, self.value = gpt, nn.Linear(gpt.config.n_embd, 1)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
+        super().__init__(gpt, outputs=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, idx, targets):
         """-> log p of the targets, entropy and value of the states before them, (B, T) each; 0
@@ -1096,7 +1088,7 @@ class ActorCritic(nn.Module):
         all_log_probs = self.gpt.lm_head(x[mask]).float().log_softmax(-1)  # (N, vocab_size)
         log_probs = all_log_probs.gather(-1, targets[mask][:, None])[:, 0]
         entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
-        values = self.value(x[mask])[:, 0].float()
+        values = self.head(x[mask])[:, 0].float()
         empty = torch.zeros(targets.shape, device=idx.device)
         return tuple(empty.masked_scatter(mask, found) for found in (log_probs, entropy, values))
 
@@ -1108,6 +1100,7 @@ class PPO(Task):
 
     defaults: ClassVar = {
         "batch_size": 32,
+        "dropout": 0.0,
         "learning_rate": 3e-5,
         "max_iters": 100,
         "eval_interval": 10,
@@ -1125,55 +1118,32 @@ class PPO(Task):
         return ActorCritic(self.gpt)
 
     def parse(self, row, where):
-        row = {name: value for name, value in row.items() if name != "output"}
-        messages = messages_of(row, where)
-        while messages and messages[-1]["role"] == "assistant":  # the model is to answer itself
-            messages = messages[:-1]
-        if not messages:
-            raise ValueError(f"{where}: there is no prompt")
-        key = str(row.get("group") or messages[-1]["content"])
-        return {"messages": messages, "position": position(key)}
+        return prompt_of(row, where)
 
     def encode(self, example):
-        messages = [*example["messages"], {"role": "assistant", "content": ""}]
-        parts = chat_parts(messages, self.tokenizer, self.template)[:-1]
-        prompt = [token for part, _ in parts for token in part]
+        prompt = chat_prompt(example["messages"], self.tokenizer, self.template)
         limit = self.block_size - self.config.max_new_tokens
         if limit < 1:
             raise ValueError(f"--max_new_tokens: below the context's {self.block_size}, please")
         self.cut += len(prompt) > limit
         return (prompt[-limit:],)
 
-    def answer(self, examples, encoded, seed):
-        """Samples an answer to each prompt: temperature 1 and all tokens, so that the policy is the
-        distribution they come from. Returns idx, targets (B, T) and scores (B,), ended (B,), texts.
-        """
+    def respond(self, gpt, examples, encoded, seed):
+        """Samples an answer of gpt to each prompt: temperature 1 and all tokens, so that gpt is the
+        distribution they come from. Returns idx, targets (B, T), scores (B,), ended (B,), texts."""
+        prompts = [prompt for (prompt,) in encoded]
         generator = torch.Generator(self.machine.device).manual_seed(seed)
-        by_length, answers = collections.defaultdict(list), {}
-        for i, (prompt,) in enumerate(encoded):
-            by_length[len(prompt)].append(i)
-        for same in by_length.values():
-            (idx,) = self.machine.put(torch.tensor([encoded[i][0] for i in same]))
-            steps = self.gpt.eval().generate(
-                idx, self.config.max_new_tokens, stop_token=self.end, generator=generator
-            )
-            for i, tokens in zip(same, torch.stack(list(steps), dim=1).tolist()):
-                stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
-                answers[i] = tokens[:stop]
-        answers = [answers[i] for i in range(len(encoded))]
-        ended = torch.tensor([tokens[-1] == self.end for tokens in answers])
-        texts = [self.tokenizer.decode([t for t in a if t != self.end]) for a in answers]
-        scores = self.score(
-            [
-                [*example["messages"], {"role": "assistant", "content": text}]
-                for example, text in zip(examples, texts)
-            ]
-        )
-        rows = [
-            to_row([(p, False), (a, True)], self.block_size) for (p,), a in zip(encoded, answers)
+        answers = self.answers(gpt, prompts, generator=generator)
+        texts, ended = zip(*map(self.text, answers))
+        conversations = [
+            [*example["messages"], {"role": "assistant", "content": text}]
+            for example, text in zip(examples, texts)
         ]
-        idx, targets = (pad(lists, fill) for lists, fill in zip(zip(*rows), (self.end, -100)))
-        return idx, targets, scores + UNFINISHED * ~ended, ended, texts
+        ended = torch.tensor(ended)
+        scores = self.score(conversations) + UNFINISHED * ~ended
+        rows = [to_row([(p, False), (a, True)], self.block_size) for p, a in zip(prompts, answers)]
+        idx, targets = zip(*rows)
+        return pad(idx, self.end), pad(targets, -100), scores, ended, texts
 
     @torch.no_grad()
     def experience(self, iteration):
@@ -1182,7 +1152,7 @@ class PPO(Task):
         examples = [self.examples["train"][i] for i in numbers]
         encoded = [self.encoded["train"][i] for i in numbers]
         seed = int(np.random.SeedSequence((self.config.seed, iteration)).generate_state(1)[0])
-        idx, targets, scores, ended, _ = self.answer(examples, encoded, seed)
+        idx, targets, scores, ended, _ = self.respond(self.gpt, examples, encoded, seed)
         idx, targets, scores = self.machine.put(idx, targets, scores)
         answered = targets != -100
         self.model.eval()
@@ -1212,34 +1182,32 @@ class PPO(Task):
         value_loss = (values - returns)[mask].square().mean() / 2
         return loss + VALUE_WEIGHT * value_loss, clipped.item(), value_loss.item()
 
-    def held_out(self):
-        """Held-out prompts, and what the model now answers: (examples, scores, KL, texts)."""
+    @torch.no_grad()
+    def held_out(self, gpt):
+        """What gpt answers to held-out prompts: scores, their KL from the reference, texts."""
         examples, encoded = (some["val"][:MEASURED] for some in (self.examples, self.encoded))
-        idx, targets, scores, _, texts = self.answer(examples, encoded, seed=0)
+        idx, targets, scores, _, texts = self.respond(gpt, examples, encoded, seed=0)
         idx, targets = self.machine.put(idx, targets)
-        with torch.no_grad():
-            drift = token_log_probs(self.gpt.eval(), idx, targets)
-            drift -= token_log_probs(self.reference, idx, targets)
+        drift = token_log_probs(gpt, idx, targets) - token_log_probs(self.reference, idx, targets)
         self.model.train()
-        return examples, scores, drift.sum(1).mean().item(), texts
+        return scores, drift.sum(1).mean().item(), texts
 
     def evaluate(self):
-        _, scores, kl, _ = self.held_out()
+        scores, kl, _ = self.held_out(self.gpt)
         score = scores.mean().item()
         return {"val_loss": -score, "val_score": score, "val_kl": kl}
 
     def report(self, folder):
         """Writes held-out answers of the reference and of the model, side by side."""
-        examples, scores, kl, texts = self.held_out()
-        gpt, self.gpt = self.gpt, self.reference
-        _, old_scores, _, old_texts = self.held_out()
-        self.gpt = gpt
+        old_scores, _, old_texts = self.held_out(self.reference)
+        scores, kl, texts = self.held_out(self.gpt)
         print(
             f"held out: mean score {old_scores.mean():+.3f} -> {scores.mean():+.3f} at KL {kl:.2f}"
         )
+        pairs = zip(old_scores.tolist(), scores.tolist())
         lines = [
-            {"messages": e["messages"], "before": old, "after": new, "scores": [float(x), float(y)]}
-            for e, old, new, x, y in zip(examples, old_texts, texts, old_scores, scores)
+            {"messages": example["messages"], "before": old, "after": new, "scores": pair}
+            for example, old, new, pair in zip(self.examples["val"], old_texts, texts, pairs)
         ]
         for line in lines[:5]:
             print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")

@@ -95,21 +95,27 @@ def read_file(path, text_field, separator):
     if is_binary(path):
         raise ValueError(f"{path}: a binary file; give text in UTF-8")
     extension = path.suffix.lower()
-    if extension == ".jsonl":
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, field_of(parse_json(line, where), text_field, where)
-    elif extension == ".json":
-        items = parse_json(path.read_bytes(), path)
-        for number, item in enumerate(items if isinstance(items, list) else [items], 1):
-            where = f"{path}, item {number}"
+    if extension in (".json", ".jsonl"):
+        for where, item in read_json(path):
             yield where, field_of(item, text_field, where)
     else:
         for offset, document in split_file(path, separator):
             text = decode(document, path, offset)
             yield str(path), html_to_text(text, path) if extension in HTML else text
+
+
+def read_json(path):
+    """Yields (where, item) for each line of a .jsonl file, or each item of a .json file's list."""
+    if path.suffix.lower() == ".jsonl":
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, parse_json(line, where)
+    else:
+        items = parse_json(path.read_bytes(), path)
+        for number, item in enumerate(items if isinstance(items, list) else [items], 1):
+            yield f"{path}, item {number}", item
 
 
 def split_file(path, separator):
@@ -527,8 +533,7 @@ def chat_parts(messages, tokenizer, template):
     """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...].
 
     An answer, which <|endoftext|> ends, is encoded on its own, never merged with what comes before,
-    since that is how the model will write it. For a prompt, append an empty answer to the
-    conversation and drop the last part.
+    since that is how the model will write it.
     """
     parts = []
     for message in messages:
@@ -543,6 +548,12 @@ def chat_parts(messages, tokenizer, template):
         tokens += [tokenizer.encode_single_token(END_OF_TEXT)] if is_answer else []
         parts += [(header, False), (tokens, is_answer)]
     return parts
+
+
+def chat_prompt(messages, tokenizer, template):
+    """The tokens of a conversation, up to where the assistant's next answer begins."""
+    answered = [*messages, {"role": "assistant", "content": ""}]
+    return [t for part, _ in chat_parts(answered, tokenizer, template)[:-1] for t in part]
 
 
 # --- tokenizers in Hugging Face's format ----------------------------------------------------------
@@ -886,15 +897,16 @@ def gather(args, spool):
     return np.frombuffer(digests, np.uint64), too_short
 
 
-def mark_first(digests, part_size=1_000_000):
-    """Which of the digests are the first of their value. They are looked at in parts, by their
-    remainders, so that little memory is needed beside theirs."""
-    is_first, parts = np.zeros(len(digests), bool), len(digests) // part_size + 1
-    starts = range(0, len(digests), part_size)
-    for part in range(parts):
-        in_part = (digests[start : start + part_size] % parts == part for start in starts)
-        mine = np.concatenate([s + np.flatnonzero(found) for s, found in zip(starts, in_part)])
-        is_first[mine[np.unique(digests[mine], return_index=True)[1]]] = True
+def mark_first(digests):
+    """Which of the digests are the first of their value: an array of bool.
+
+    Those that share a byte are compared at a time, since sorting all at once takes five times the
+    memory that they have.
+    """
+    is_first, one_byte = np.zeros(len(digests), bool), digests.view(np.uint8)[::8]
+    for byte in range(256):
+        some = np.flatnonzero(one_byte == byte)
+        is_first[some[np.unique(digests[some], return_index=True)[1]]] = True
     return is_first
 
 

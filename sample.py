@@ -22,12 +22,12 @@ import time
 import numpy as np
 import torch
 
-from gpt import GPT, load_checkpoint, pick_device
+from gpt import GPT, load_checkpoint, pick_device, replacing
 from prepare_data import (
     END_OF_TEXT,
     ArgumentParser,
     build_tokenizer,
-    chat_parts,
+    chat_prompt,
     count,
     default_template,
     save_tokenizer,
@@ -134,15 +134,11 @@ def write_samples(model, tokenizer, prompt, args):
 
 
 def prompt_of(messages, tokenizer, template, limit):
-    """The tokens of a conversation up to where the next answer begins. The oldest exchanges are
-    dropped until they fit limit."""
-    messages = [*messages, {"role": "assistant", "content": ""}]
-    while True:
-        parts = chat_parts(messages, tokenizer, template)[:-1]
-        tokens = [token for part, _ in parts for token in part]
-        if len(tokens) <= limit or len(messages) == 2:
-            return tokens[-limit:]
-        messages = messages[2:]
+    """chat_prompt of at most limit tokens: the oldest exchanges are left out, as far as needed."""
+    tokens = chat_prompt(messages, tokenizer, template)
+    if len(tokens) > limit and len(messages) > 1:
+        return prompt_of(messages[2:], tokenizer, template, limit)
+    return tokens[-limit:]
 
 
 def chat(model, tokenizer, template, args):
@@ -188,9 +184,8 @@ def draw_attention(model, tokenizer, text, path):
         panel.set_yticks(range(len(names)), names, fontsize=6)
     figure.supxlabel("is looked at")
     figure.supylabel("looks")
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=100, format="png")
-    temporary.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 @torch.no_grad()

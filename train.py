@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 import prepare_data
-from gpt import GPT, GPTConfig, load_checkpoint, pick_device, save_checkpoint
+from gpt import GPT, GPTConfig, load_checkpoint, pick_device, replacing, save_checkpoint
 from prepare_data import (
     ArgumentParser,
     open_data,
@@ -659,9 +659,8 @@ def draw_loss(path):
         panel.set(xlabel="step", ylabel=unit)
         panel.grid(alpha=0.3)
         panel.legend()
-    temporary = path.with_name("loss.tmp.png")
-    figure.savefig(temporary, dpi=100)
-    temporary.replace(path.with_name("loss.png"))
+    with replacing(path.with_name("loss.png")) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 # --- pretraining ----------------------------------------------------------------------------------
