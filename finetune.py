@@ -23,7 +23,6 @@ is fixed, so that a run can be understood; and prompts come from a file, not fro
 import collections
 import copy
 import csv
-import dataclasses
 import hashlib
 import io
 import json
@@ -41,7 +40,6 @@ from torch import nn
 
 from gpt import GPT, load_checkpoint, next_token_loss, replacing
 from prepare_data import (
-    END_OF_TEXT,
     build_tokenizer,
     chat_parts,
     chat_prompt,
@@ -60,6 +58,7 @@ from train import (
     Machine,
     RunConfig,
     Trainer,
+    explain_out_of_memory,
     load_data,
     mean_loss,
     merge_flags,
@@ -71,32 +70,34 @@ from train import (
 
 # --- what can be set ------------------------------------------------------------------------------
 
+TASK_NAMES = ("classify", "instruct", "choice", "dpo", "reward", "ppo")
+
 
 @dataclass
 class FinetuneConfig(RunConfig):
-    task: str = option("instruct", "classify, instruct, choice, dpo, reward, ppo", fixed=True)
+    task: str = option("instruct", "what to learn", fixed=True, choices=TASK_NAMES)
     init_from: str = option("out", "the model to begin with: a run's folder, gpt2, ...; or resume")
     out_dir: str | None = option(None, "folder to write (default: out/TASK)")
     data: str | None = option(None, "examples: .jsonl, .json, .csv, .tsv (default: the manual's)")
     val: str | None = option(None, "examples for validation (default: some of data)")
     test: str | None = option(None, "for classify: examples for the final test (default: some)")
-    train: str = option("all", "weights to train: all, last_block, head, lora", fixed=True)
+    train: str = option(
+        "all", "weights to train", fixed=True, choices=("all", "last_block", "head", "lora")
+    )
     lora_rank: int = option(8, "rank of the matrices that LoRA adds", fixed=True)
     lora_alpha: float = option(16.0, "LoRA's part is scaled by alpha / rank", fixed=True)
     lora_dropout: float = option(0.0, "on the input of LoRA's part", fixed=True)
     block_size: int | None = option(
-        None, "another context; a longer one trains the position table", fixed=True, least=1
+        None, "another context; a longer one trains the position table", fixed=True
     )
     # where None stands, a task has its own default
     dropout: float | None = option(None, "on embeddings and residual branches", fixed=True)
-    batch_size: int | None = option(None, "examples in a micro-batch", fixed=True, least=1)
+    batch_size: int | None = option(None, "examples in a micro-batch", fixed=True)
     learning_rate: float | None = option(None, "the highest, at the end of warmup")
     epochs: float | None = option(None, "passes through the examples", fixed=True)
-    max_iters: int | None = option(None, "steps (default: as many as epochs take)", least=1)
-    eval_interval: int | None = option(
-        None, "steps between evaluations (default: an epoch's)", least=1
-    )
-    log_interval: int | None = option(None, "steps between lines of output", least=1)
+    max_iters: int | None = option(None, "steps (default: as many as epochs take)")
+    eval_interval: int | None = option(None, "steps between evaluations (default: an epoch's)")
+    log_interval: int | None = option(None, "steps between lines of output")
     eval_only: bool = option(False, "measure, without training")
     # classify
     text_field: str = option("text", "column with the text", fixed=True)
@@ -105,24 +106,18 @@ class FinetuneConfig(RunConfig):
     balance: bool = option(False, "keep as many of each label as the rarest has", fixed=True)
     predict: str | None = option(None, "a text to classify, without training")
     # instruct
-    template: str | None = option(None, "roles or alpaca (default: by the vocabulary)", fixed=True)
+    template: str | None = option(
+        None, "of prompts (default: by the vocabulary)", fixed=True, choices=("roles", "alpaca")
+    )
     loss_on_prompt: bool = option(False, "learn the prompts, too", fixed=True)
-    max_new_tokens: int | None = option(None, "the longest answer that is sampled", least=1)
+    max_new_tokens: int | None = option(None, "the longest answer that is sampled")
     # dpo, reward, ppo
     beta: float | None = option(None, "how much it costs to leave the reference", fixed=True)
     reward_model: str = option("out/reward", "for ppo: what --task=reward has made")
     max_kl: float = option(10.0, "ppo stops at this mean KL from its start, nats an answer")
 
     def __post_init__(self):
-        for name, allowed in [
-            ("task", list(TASKS)),
-            ("train", ["all", "last_block", "head", "lora"]),
-            ("template", ["roles", "alpaca", None]),
-        ]:
-            if getattr(self, name) not in allowed:
-                known = ", ".join(filter(None, allowed))
-                raise ValueError(f"--{name}={getattr(self, name)}: unknown; there are {known}")
-        task = TASKS[self.task]
+        task = TASKS.get(self.task, Task)
         if self.predict is not None and not hasattr(task, "predict"):
             raise ValueError("--predict is for --task=classify and --task=reward")
         if self.test is not None and "test" not in task.fractions:
@@ -135,7 +130,7 @@ class FinetuneConfig(RunConfig):
         self.eval_only |= self.task == "choice"
         if self.task == "choice" and self.data is None:
             raise ValueError("--task=choice: give the questions, --data=FILE")
-        super().__post_init__()
+        super().__post_init__()  # the checks of each field
 
 
 # --- which weights to train -----------------------------------------------------------------------
@@ -366,7 +361,13 @@ class Task:
     """
 
     columns, bits_per_byte, header, has_head = ("val_loss",), None, (), False
-    defaults: ClassVar = {"batch_size": 8, "dropout": 0.0, "log_interval": 50}
+    defaults: ClassVar = {
+        "batch_size": 8,
+        "dropout": 0.0,
+        "learning_rate": 1e-3,
+        "epochs": 3.0,
+        "log_interval": 50,
+    }
     fractions: ClassVar = {"val": 0.1}  # of the examples, where no files are given
     file = "instruct.jsonl"  # in the default data folder
 
@@ -374,15 +375,12 @@ class Task:
         self.config, self.machine = config, machine
         self.spec = tokenizer_of(checkpoint, path)
         self.tokenizer = build_tokenizer(self.spec)
-        self.end = self.tokenizer.encode_single_token(END_OF_TEXT)
+        self.end = self.tokenizer.eot_token
         try:
             self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout, attn_dropout=0.0)
-            if self.gpt.config.vocab_size < self.tokenizer.n_vocab:
-                raise ValueError(f"{self.tokenizer.n_vocab} tokens, but the model knows fewer")
+            self.gpt.crop_vocab(self.tokenizer.n_vocab)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if self.gpt.config.vocab_size > self.tokenizer.n_vocab:  # padded
-            self.gpt.resize_vocab(self.tokenizer.n_vocab)
         self.block_size = config.block_size or self.gpt.config.block_size
         self.has_new_positions = self.block_size > self.gpt.config.block_size
         if self.block_size != self.gpt.config.block_size:
@@ -600,7 +598,7 @@ class Classifier(WithHead):
 class Classify(Task):
     """Texts to labels. Its best.pt has the "labels" and their "head", too."""
 
-    defaults: ClassVar = {**Task.defaults, "learning_rate": 1e-3, "epochs": 5.0}
+    defaults: ClassVar = {**Task.defaults, "epochs": 5.0}
     columns, has_head = ("val_loss", "val_accuracy"), True
     fractions: ClassVar = {"val": 0.1, "test": 0.2}
     file = "classify.jsonl"
@@ -923,7 +921,7 @@ class DPO(Preferences):
     """Makes the chosen answers likelier than the rejected, without going far from the reference,
     which is the model at the start."""
 
-    defaults: ClassVar = {**Task.defaults, "learning_rate": 1e-4, "epochs": 3.0, "beta": 0.1}
+    defaults: ClassVar = {**Task.defaults, "learning_rate": 1e-4, "beta": 0.1}
     columns = ("val_loss", "val_accuracy", "val_margin", "val_chosen", "val_rejected")
 
     def make_model(self):
@@ -982,7 +980,7 @@ class RewardModel(WithHead):
 class Reward(Preferences):
     """Scores answers, the better the higher; the mean of those in training is 0."""
 
-    defaults: ClassVar = {**Task.defaults, "learning_rate": 1e-3, "epochs": 3.0, "dropout": 0.2}
+    defaults: ClassVar = {**Task.defaults, "dropout": 0.2}
     columns, has_head = ("val_loss", "val_accuracy", "val_chosen", "val_rejected"), True
 
     def make_model(self):
@@ -1248,17 +1246,16 @@ class PPOTrainer(Trainer):
         state["tokens"] += int((tensors[1] != -100).sum())
         state["seconds"] += time.perf_counter() - start
 
-    def finished(self):
-        kl = self.stats.get("kl", 0.0)
-        if kl > self.config.max_kl:
-            print(f"stopped: the KL from the start is {kl:.1f} nats, --max_kl={self.config.max_kl}")
-        return kl > self.config.max_kl or super().finished()
+    def reason_to_stop(self):
+        kl, max_kl = self.stats.get("kl", 0.0), self.config.max_kl
+        if kl > max_kl:
+            return f"the KL from the start is {kl:.1f} nats, --max_kl={max_kl}"
+        return super().reason_to_stop()
 
 
 # --- the whole way --------------------------------------------------------------------------------
 
-TASKS = {"classify": Classify, "instruct": Instruct, "choice": Choice}
-TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO}
+TASKS = dict(zip(TASK_NAMES, (Classify, Instruct, Choice, DPO, Reward, PPO)))
 MEASURED = 100  # held-out prompts that are answered for a report
 
 
@@ -1277,10 +1274,11 @@ def resumed_run(flags, out_dir):
     config = merge_flags(FinetuneConfig, saved, flags, out_dir / "last.pt")
     if config.eval_only or config.predict is not None:
         raise ValueError(f"--init_from=resume is for training; --init_from={out_dir} measures")
-    return dataclasses.replace(config, out_dir=str(out_dir)), saved  # it may have been moved
+    return config, saved
 
 
 @script
+@explain_out_of_memory()
 def main(argv=None):
     flags = parse_flags(FinetuneConfig, __doc__, argv)
     config, saved = FinetuneConfig(**flags), None

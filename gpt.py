@@ -9,8 +9,8 @@
 
 The architecture is GPT-2's (Radford et al. 2019): a decoder-only transformer (Vaswani et al. 2017,
 "Attention Is All You Need") with LayerNorm before each branch, learned positions and tanh GELU.
-Parameters bear the names of Hugging Face's GPT-2 (whose matrices, but for the embeddings, are the
-transpose of these). Shapes in comments: B sequences in a batch, T tokens in each, C = n_embd.
+Parameters bear the names of Hugging Face's GPT-2, which stores the matrices of attention and MLP
+transposed. Shapes in comments: B sequences in a batch, T tokens in each, C = n_embd.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from torch import nn
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 124M. Raises ValueError if it is not one."""
+    """The shape of a model; the defaults are GPT-2 124M. Raises ValueError on impossible values."""
 
     block_size: int = 1024  # longest context, tokens
     vocab_size: int = 50257
@@ -75,28 +75,8 @@ def causal_attention(q, k, v):
     return attention_weights(q, k) @ v  # (B, n_head, T, head_size)
 
 
-class KVCache:
-    """Keys and values of the tokens read so far, so that each new token costs one short step.
-
-    An optimisation of generate: skip it on a first reading. Memory: 2 · n_layer · batch_size ·
-    length · n_embd numbers.
-    """
-
-    def __init__(self, model, batch_size, length):
-        config, weight = model.config, model.transformer.wte.weight
-        shape = (2, batch_size, config.n_head, length, config.n_embd // config.n_head)
-        self.layers = [weight.new_empty(shape) for _ in range(config.n_layer)]
-        self.position = 0  # tokens read so far, counted by GPT.hidden
-
-    def extend(self, layer, keys_values):
-        """Stores those of new tokens, (2, B, n_head, T, head_size); returns those of all so far."""
-        stored, end = self.layers[layer], self.position + keys_values.size(3)
-        stored[:, :, :, self.position : end] = keys_values
-        return stored[:, :, :, :end]
-
-
 class CausalSelfAttention(nn.Module):
-    """Every token asks (q) all tokens up to itself (k) and takes a mean of what they offer (v)."""
+    """Every token asks (q) all tokens up to itself (k) and takes a weighted mean of what they offer (v)."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -112,19 +92,17 @@ class CausalSelfAttention(nn.Module):
         return qkv.permute(2, 0, 3, 1, 4)
 
     def forward(self, x, cache=None):
-        B, T, C = x.shape
-        qkv = self.heads(x)
-        q, k, v = qkv
+        q, k, v = qkv = self.heads(x)
         if cache is not None:
             k, v = cache.extend(self.layer, qkv[1:])
-        S, mask = k.size(2), None  # S tokens so far, of which the T queries are the last
-        if 1 < T < S:  # is_causal counts from the first key: right only where all are new
+        T, S = q.size(2), k.size(2)  # the T queries are the last of S tokens
+        mask = None
+        if 1 < T < S:  # is_causal would give the first query the first key alone
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         dropout = self.attn_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S > 1)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
-        y = self.c_proj(y)
-        return F.dropout(y, self.dropout) if self.training else y
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 # --- the transformer ------------------------------------------------------------------------------
@@ -141,8 +119,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        x = self.c_proj(x)  # (B, T, C)
-        return F.dropout(x, self.dropout) if self.training else x
+        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -167,7 +144,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
 
-        def table(rows):  # nn.Embedding(rows, n_embd) would draw random numbers twice
+        def table(rows):  # nn.Embedding(rows, n_embd) draws numbers, which init_weights does, too
             return nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False)
 
         self.transformer = nn.ModuleDict(
@@ -180,17 +157,17 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        if not self.lm_head.weight.is_meta:  # shapes alone: see from_checkpoint
+        if not self.lm_head.weight.is_meta:  # meta tensors hold nothing: see from_checkpoint
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's: N(0, 0.02), zero biases (Radford et al. 2018, section 4.1; 2019, section 2.3).
 
-        A tied wte is the output head, too, and must be small for the first logits to be small.
-        Untied, tokens begin at N(0, 1), which the first updates cannot swamp; positions as
-        sinusoids (Vaswani et al. 2017, section 3.5), so that near and far differ from the start;
-        and the head at zero, so that the first loss is ln(vocab_size) exactly.
+        A tied wte is the output head, too, and must be small for the first logits to be small. Where
+        they are two, this project's own choice: tokens begin at N(0, 1), which the first updates
+        cannot swamp; positions as sinusoids (Vaswani et al. 2017, section 3.5), so that near and
+        far differ from the start; the head at zero, so that the first loss is ln(vocab_size).
         """
         config, transformer = self.config, self.transformer
         for name, parameter in self.named_parameters():
@@ -206,7 +183,7 @@ class GPT(nn.Module):
             self.lm_head.weight.zero_()
 
     def tie_weights(self):
-        """Makes lm_head and wte one tensor, if the config has them so."""
+        """Makes lm_head and wte one tensor, if the config says so."""
         if self.config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
 
@@ -216,7 +193,7 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
-        return F.dropout(x, self.config.dropout) if self.training else x
+        return F.dropout(x, self.config.dropout, self.training)
 
     def hidden(self, idx, cache=None):
         """idx (B, T) int64 -> (B, T, n_embd) after the final LayerNorm: what any head builds on.
@@ -235,7 +212,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T) -> scalar loss in nats.
 
-        The loss is the mean over targets that are not -100 (nan where all are).
+        The loss is the mean over targets that are not -100 (nan if every target is).
         """
         x = self.hidden(idx)
         if targets is None:
@@ -262,16 +239,16 @@ class GPT(nn.Module):
         again, as if the text began there. Of a longer prompt only the last block_size are read.
         """
         block_size = self.config.block_size
-        new = idx[:, -block_size:]
-        read = [new]  # the tokens since position 0, joined when the cache is full
-        cache = KVCache(self, idx.size(0), min(block_size, new.size(1) + max_new_tokens))
+        context = idx[:, -block_size:]  # the tokens since position 0
+        cache = KVCache(self, idx.size(0), min(block_size, context.size(1) + max_new_tokens))
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
         for _ in range(max_new_tokens):
             if cache.position == block_size:
-                new = torch.cat(read, dim=1)[:, -max(1, block_size // 2) :]
-                read, cache.position = [new], 0
+                context = context[:, -max(1, block_size // 2) :]
+                cache.position = 0
             with torch.inference_mode():
-                logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B, vocab_size)
+                x = self.hidden(context[:, cache.position :], cache)  # reads only what is new
+                logits = self.lm_head(x[:, -1])  # (B, vocab_size)
                 token = sample(logits, temperature, top_k, top_p, generator)
             token = token.clone()  # leaves inference mode, whose tensors autograd refuses
             if stop_token is not None:
@@ -280,8 +257,7 @@ class GPT(nn.Module):
             yield token
             if stopped.all():
                 return
-            new = token[:, None]
-            read.append(new)
+            context = torch.cat([context, token[:, None]], dim=1)
 
     @torch.no_grad()
     def attention_maps(self, idx):
@@ -289,7 +265,8 @@ class GPT(nn.Module):
 
         Call eval() first, or dropout is on.
         """
-        maps, x = [], self.embed(idx)
+        maps = []
+        x = self.embed(idx)
         for block in self.transformer.h:
             q, k, _ = block.attn.heads(block.ln_1(x))
             maps.append(attention_weights(q, k))
@@ -306,11 +283,19 @@ class GPT(nn.Module):
 
         Parameters are replaced: make optimizers after this.
         """
-        self.config, wte = replace(self.config, vocab_size=vocab_size), self.transformer.wte
+        self.config = replace(self.config, vocab_size=vocab_size)
+        wte = self.transformer.wte
         for module in (wte, self.lm_head):
             module.weight = with_rows(module.weight, vocab_size)
         wte.num_embeddings = self.lm_head.out_features = vocab_size
         self.tie_weights()
+
+    def crop_vocab(self, vocab_size):
+        """Leaves out tokens that only pad the vocabulary. Raises ValueError if it is smaller."""
+        if self.config.vocab_size < vocab_size:
+            raise ValueError(f"{vocab_size} tokens, but the model knows {self.config.vocab_size}")
+        if self.config.vocab_size > vocab_size:
+            self.resize_vocab(vocab_size)
 
     @torch.no_grad()
     def resize_positions(self, block_size):
@@ -318,8 +303,10 @@ class GPT(nn.Module):
 
         The table is replaced: make optimizers after this.
         """
-        self.config, wpe = replace(self.config, block_size=block_size), self.transformer.wpe
-        wpe.weight, wpe.num_embeddings = with_rows(wpe.weight, block_size), block_size
+        self.config = replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = with_rows(wpe.weight, block_size)
+        wpe.num_embeddings = block_size
 
     def save_pretrained(self, folder, eos_token_id=None):
         """Writes the model as Hugging Face's GPT-2; eos_token_id is the one that ends a text."""
@@ -327,8 +314,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, **changes):
-        """Builds the model that load_checkpoint(name_or_path) finds, for instance "gpt2"; changes
-        and errors are as in from_checkpoint."""
+        """The model that load_checkpoint(name_or_path) finds; changes as in from_checkpoint."""
         return cls.from_checkpoint(load_checkpoint(name_or_path), **changes)
 
     def checkpoint(self):
@@ -337,9 +323,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
-        """The model in what load_checkpoint returned: eval mode, CPU, sharing its tensors.
+        """The model in what load_checkpoint returned, in eval mode, sharing its tensors.
 
-        changes override its config's dropouts. Raises ValueError if the weights do not fit it.
+        changes override its config, as in dropout=0.1. Raises ValueError if the weights do not fit.
         """
         if "base" in checkpoint:
             raise ValueError("only what finetune.py has trained; the whole model is in best.pt")
@@ -348,7 +334,7 @@ class GPT(nn.Module):
         except TypeError as error:
             raise ValueError(f"unknown config: {error}") from error
         weights = checkpoint["model"]
-        if config.n_layer > len(weights):  # a damaged number must not cost a billion blocks
+        if config.n_layer > len(weights):  # a damaged number must not build a billion blocks
             raise ValueError(f"config has n_layer {config.n_layer} but there are fewer tensors")
         try:
             with torch.device("meta"):  # the shapes alone: no memory, no random numbers
@@ -365,7 +351,7 @@ def with_rows(weight, rows):
     table = weight.new_empty(rows, weight.size(1)).normal_(std=0.02)
     kept = min(rows, len(weight))
     table[:kept] = weight[:kept]
-    return nn.Parameter(table)
+    return nn.Parameter(table, weight.requires_grad)
 
 
 def sinusoids(length, n_embd):
@@ -394,7 +380,7 @@ def next_token_loss(x, weight, targets):
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return F.linear_cross_entropy(x, weight, targets, options=options)
-    # The fused function does not look at autocast, and its mean would be rounded to the short type.
+    # The fused function ignores autocast, and would round its mean to the short type.
     dtype = torch.get_autocast_dtype(device)
     losses = F.linear_cross_entropy(
         x.to(dtype), weight.to(dtype), targets, reduction="none", options=options
@@ -402,7 +388,26 @@ def next_token_loss(x, weight, targets):
     return losses.float().sum() / (targets != -100).sum()
 
 
-# --- choosing the next token ----------------------------------------------------------------------
+# --- generating: the cache, and the choice of the next token --------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that each new token costs one short step.
+
+    Memory: 2 · n_layer · batch_size · length · n_embd numbers.
+    """
+
+    def __init__(self, model, batch_size, length):
+        config, weight = model.config, model.transformer.wte.weight
+        shape = (2, batch_size, config.n_head, length, config.n_embd // config.n_head)
+        self.layers = [weight.new_empty(shape) for _ in range(config.n_layer)]
+        self.position = 0  # tokens read so far, counted by GPT.hidden
+
+    def extend(self, layer, keys_values):
+        """Stores keys and values of new tokens, (2, B, n_head, T, head_size); returns all so far."""
+        stored, end = self.layers[layer], self.position + keys_values.size(3)
+        stored[:, :, :, self.position : end] = keys_values
+        return stored[:, :, :, :end]
 
 
 def keep_top_p(logits, p):
@@ -420,18 +425,17 @@ def keep_top_p(logits, p):
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws a token for each row: logits (B, vocab_size) -> (B,) int64. See GPT.generate."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits, tokens = logits / temperature, None
+    logits = logits.float() / (temperature or 1)
     if not logits.isfinite().all():
         raise ValueError("logits are not finite: damaged weights, or too small a temperature")
-    if top_k:  # from here on, only these: (B, k), exactly k also where some are equal
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k:  # from here on (B, k), exactly k even with ties; tokens says which they are
         logits, tokens = logits.topk(min(top_k, logits.size(-1)))
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
-    probs = F.softmax(logits, dim=-1)
-    drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-    return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
+    drawn = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)  # (B, 1)
+    return (tokens.gather(-1, drawn) if top_k else drawn)[:, 0]
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -471,7 +475,7 @@ def replacing(path):
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes what GPT.checkpoint returns, and more plain types and tensors, all or nothing."""
+    """Writes GPT.checkpoint(), plus any other tensors and plain values, all or nothing."""
     try:
         with replacing(pathlib.Path(path)) as file:
             torch.save({"format": 1, **checkpoint}, file)
@@ -516,7 +520,7 @@ def from_nanogpt(weights, config):
     print("note: nanoGPT trains with the exact GELU; this is GPT-2's, by tanh", file=sys.stderr)
     weights = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
-    return {"format": 1, "config": {**config, "tie_weights": True}, "model": weights}
+    return {"config": {**config, "tie_weights": True}, "model": weights}
 
 
 # --- Hugging Face's format ------------------------------------------------------------------------
@@ -539,7 +543,7 @@ ARCHITECTURE = {  # settings that GPTConfig lacks: the only values that this fil
     "scale_attn_by_inverse_layer_idx": False,
     "n_inner": None,
 }
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -558,6 +562,8 @@ def load_huggingface(folder):
     path = folder / "config.json"
     try:
         settings = {"tie_word_embeddings": True, **json.loads(path.read_bytes())}
+        if settings.get("n_inner") == 4 * settings.get("n_embd", 0):
+            del settings["n_inner"]  # only says what is the default
         for name, value in ARCHITECTURE.items():
             if settings.get(name, value) != value:
                 raise ValueError(f"{name} is {settings[name]!r}; only {value!r} is known here")
@@ -566,7 +572,7 @@ def load_huggingface(folder):
     names = HUGGING_FACE_NAMES.items()
     config = {ours: settings[theirs] for ours, theirs in names if theirs in settings}
     weights = {}
-    for name, tensor in read_safetensors(folder / "model.safetensors"):
+    for name, tensor in read_safetensors(folder / "model.safetensors").items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
             continue
         if not name.startswith(("transformer.", "lm_head.")):
@@ -576,66 +582,60 @@ def load_huggingface(folder):
         weights[name] = tensor.float()
     if config["tie_weights"] and "transformer.wte.weight" in weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    if config.get("bias") is False:  # they are zeros of ours, unless trained elsewhere since
+    if config.get("bias") is False:  # save_huggingface wrote zeros, but others may have trained
         biases = {name for name in weights if name.endswith(".bias")}
         if any(weights[name].any() for name in biases):
             config["bias"] = True
         else:
             weights = {name: weights[name] for name in weights if name not in biases}
-    return {"format": 1, "config": config, "model": weights}
+    return {"config": config, "model": weights}
 
 
 def read_safetensors(path):
-    """Yields (name, tensor) of a safetensors file; the tensors are mapped into memory, not read.
+    """A safetensors file -> {name: tensor}; the tensors are mapped into memory, not read.
 
     The file is: the length of the header in 8 bytes; the header, JSON, {name: {"dtype", "shape",
     "data_offsets": [start, end]}}; the data, without a gap. Raises ValueError if it is not.
     """
+    tensors = {}
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        data_start = 8 + int.from_bytes(file.read(8), "little")
         try:
-            if data_start > size:
-                raise ValueError(f"the header should end at byte {data_start} of {size}")
-            entries = json.loads(file.read(data_start - 8))
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # changes stay our own
+            position = data_start = 8 + int.from_bytes(memory[:8], "little")
+            if data_start > len(memory):
+                raise ValueError(f"the header should end at byte {data_start} of {len(memory)}")
+            entries = json.loads(memory[8:data_start])
             entries.pop("__metadata__", None)
-            entries = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-            position = data_start
-            for name, entry in entries:
-                start, end = entry["data_offsets"]
-                if not all(type(n) is int for n in (*entry["shape"], start, end)):
-                    raise ValueError(f"{name} has numbers that are none")
-                if min([*entry["shape"], end]) < 1:
+            for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+                if not all(type(n) is int and n > 0 for n in entry["shape"]):
                     raise ValueError(f"{name} has an impossible shape")
                 if entry["dtype"] not in DTYPES:
                     raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
-                length = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
-                if (start, end) != (position - data_start, position - data_start + length):
+                dtype, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
+                end = position + count * dtype.itemsize
+                if entry["data_offsets"] != [position - data_start, end - data_start]:
                     raise ValueError(f"{name} does not lie where it should")
-                position += length
-            if position != size:
-                raise ValueError(f"its tensors end at byte {position} of {size}")
+                tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=position)
+                aligned = tensor if position % dtype.itemsize == 0 else tensor.clone()
+                tensors[name] = aligned.view(entry["shape"])
+                position = end
+            if position != len(memory):
+                raise ValueError(f"its tensors end at byte {position} of {len(memory)}")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged, or no safetensors file ({error!s:.200})") from error
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what is written stays ours
-    for name, entry in entries:
-        dtype, count = DTYPES[entry["dtype"]], math.prod(entry["shape"])
-        start = data_start + entry["data_offsets"][0]
-        tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=start)
-        aligned = tensor if start % dtype.itemsize == 0 else tensor.clone()
-        yield name, aligned.view(entry["shape"])
+    return tensors
 
 
 def save_huggingface(folder, model, eos_token_id):
     """Writes model.safetensors, generation_config.json and config.json: see load_huggingface."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, weights, tensors = model.config, model.state_dict(), {}
-    with torch.device("meta"):
-        complete = GPT(replace(config, bias=True)).state_dict()
-    for name, tensor in complete.items():
-        tensor = weights.get(name, torch.zeros(tensor.shape))  # their layout has all the biases
-        if name != "lm_head.weight" or not config.tie_weights:
-            tensors[name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    config, tensors = model.config, {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_weights:
+            continue
+        tensors[name] = tensor.mT if name.endswith(TRANSPOSED) else tensor
+        if not config.bias and "wte" not in name and "wpe" not in name and "lm_head" not in name:
+            tensors[name.replace(".weight", ".bias")] = tensor.new_zeros(len(tensor))
     write_safetensors(folder / "model.safetensors", tensors)
     ends = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
     settings = {
@@ -688,11 +688,11 @@ def download_gpt2(name):
             continue
         print(f"downloading {url} to {folder}", file=sys.stderr)
         try:
-            torch.hub.download_url_to_file(url, str(partial))  # does not notice a broken connection
+            torch.hub.download_url_to_file(url, str(partial))  # may miss a broken connection, so:
             if file == "config.json":
                 json.loads(partial.read_bytes())
             else:
-                list(read_safetensors(partial))
+                read_safetensors(partial)
         except (OSError, ValueError, http.client.HTTPException) as error:
             partial.unlink(missing_ok=True)
             raise ValueError(

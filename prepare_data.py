@@ -37,11 +37,12 @@ import urllib.parse
 import urllib.request
 
 import numpy as np
-import regex
+import regex  # knows \p{L}, which re does not
 import tiktoken
 
 FORMAT = 1  # of the data folder
 SHARD_TOKENS = 100_000_000
+HTML = (".html", ".htm")
 READ_BYTES = 1 << 20
 PART_CHARS = 1 << 16  # long documents go through the tokenizer in parts of about this length
 FEW_DOCUMENTS = 200  # with fewer, a tenth of them would be no fair sample
@@ -65,7 +66,7 @@ def read_documents(inputs, text_field="text", separator=None):
 
 
 def find_files(inputs):
-    """The files that inputs stand for: of a folder its text files, sorted, without hidden ones."""
+    """The paths that inputs stand for: of a folder its text files, sorted, without hidden ones."""
     files = []
     for name in map(str, inputs):
         is_url = name.startswith(("http://", "https://"))
@@ -83,15 +84,15 @@ def find_files(inputs):
 
 
 def is_binary(path):
-    """Whether there are NUL bytes, as text has none (but UTF-16 has: convert it first)."""
-    if path.exists() and not path.is_file():  # reading here would take from a pipe
-        raise ValueError(f"{path}: not a regular file; save its contents to one")
+    """Whether its beginning holds a NUL byte, which UTF-8 text never does."""
     with open(path, "rb") as file:
         return b"\0" in file.read(8192)
 
 
 def read_file(path, text_field, separator):
     """Yields (source, text) of one file, by its extension."""
+    if path.exists() and not path.is_file():  # a pipe can be read only once
+        raise ValueError(f"{path}: not a regular file; save its contents to one")
     if is_binary(path):
         raise ValueError(f"{path}: a binary file; give text in UTF-8")
     extension = path.suffix.lower()
@@ -134,7 +135,8 @@ def split_file(path, separator):
                 start = end + len(separator)
             del buffer[:start]
             offset += start
-            searched = max(0, len(buffer) - len(separator) + 1)  # what is before holds none
+            # a separator can begin only in the last bytes, fewer than it has
+            searched = max(0, len(buffer) - len(separator) + 1)
         yield offset, buffer
 
 
@@ -157,6 +159,8 @@ def parse_json(data, where):
         raise ValueError(f"{where}{line}: broken JSON: {error.msg}, column {error.colno}")
     except RecursionError:
         raise ValueError(f"{where}: JSON nested too deep")
+    except ValueError as error:  # a number without end
+        raise ValueError(f"{where}: broken JSON: {error}") from error
 
 
 def field_of(item, field, where):
@@ -170,8 +174,9 @@ def field_of(item, field, where):
 
 def download(url):
     """Fetches a URL into downloads/, once; returns the path."""
-    name = regex.sub(r"[^\w.-]+", "_", url.split("://", 1)[1]).strip("_")
-    folder = pathlib.Path("downloads")
+    folder, name = pathlib.Path("downloads"), re.sub(r"[^\w.-]+", "_", url.split("://")[1])
+    suffix = pathlib.Path(urllib.parse.urlsplit(url).path).suffix  # of data.jsonl?download=true
+    name = name.strip("_") if name.endswith(suffix) else name.strip("_") + suffix
     for path in (folder / name, folder / f"{name}.html"):
         if path.exists():
             print(f"using {path}; delete it to download {url} again")
@@ -184,7 +189,7 @@ def download(url):
             shutil.copyfileobj(response, file)
             is_html = response.headers.get_content_type() == "text/html"
             missing = int(response.headers.get("Content-Length") or 0) - file.tell()
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ValueError(f"{url}: cannot be downloaded ({error})")
     if missing > 0:
         raise ValueError(f"{url}: the download broke off, {missing} bytes short; try again")
@@ -192,14 +197,14 @@ def download(url):
     return temporary.replace(folder / (f"{name}.html" if is_html and not has_suffix else name))
 
 
-HTML = (".html", ".htm")
-HIDDEN = frozenset(("script", "style", "title", "template", "noscript", "svg", "iframe"))
-INLINE = frozenset(
-    ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "del", "dfn", "em", "font", "i")
-)
-INLINE |= {"ins", "kbd", "label", "mark", "q", "s", "samp", "small", "span", "strong", "sub", "sup"}
-INLINE |= {"time", "tt", "u", "var", "wbr"} | HIDDEN
-ONE_LINE = frozenset(("br", "dd", "dt", "li", "option", "td", "th", "tr"))  # not a paragraph
+def tags(names):
+    return frozenset(names.split())
+
+
+HIDDEN = tags("script style title template noscript svg iframe")
+INLINE = HIDDEN | tags("""a abbr acronym b bdi bdo big button cite code data del dfn em font i img
+    ins kbd label mark q s samp small span strong sub sup time tt u var wbr""")
+ONE_LINE = tags("br dd dt li option td th tr")  # no blank line after these
 
 
 class VisibleText(html.parser.HTMLParser):
@@ -223,8 +228,8 @@ class VisibleText(html.parser.HTMLParser):
 
     def handle_data(self, data):
         if not self.preformatted:
-            data = regex.sub(r"\s+", " ", data)
-            data = data.lstrip() if self.parts[-1].endswith("\n") else data
+            data = re.sub(r"\s+", " ", data)
+            data = data.lstrip() if self.parts[-1][-1] in " \n" else data
         if data and not self.hidden:
             self.parts.append(data)
 
@@ -243,15 +248,15 @@ def html_to_text(page, path="page"):
     return "".join(parser.parts)
 
 
-LINE_END = regex.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-JUNK = regex.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
-TRAILING_BLANKS = regex.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")
-BLANK_LINES = regex.compile(r"\n{3,}")
+LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+JUNK = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
+TRAILING_BLANKS = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")  # (?<!) keeps long runs of blanks fast
+BLANK_LINES = re.compile(r"\n{3,}")
 
 
 def clean(text):
-    """Text in NFC, with \\n for line ends, no control characters or byte-order marks, no blanks at
-    line ends, at most one blank line in a row and none at the ends.
+    """Text in NFC, with \\n for line ends, no control characters, byte-order marks or halves of
+    surrogate pairs, no blanks at line ends, at most one blank line in a row and none at the ends.
 
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
@@ -265,8 +270,10 @@ def clean(text):
 
 def python_manual():
     """Yields (source, text): pydoc's topics, and a page for each module of the standard library."""
-    from pydoc_data.topics import topics  # here, since some systems come without it
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise ValueError("this Python comes without its manual (pydoc_data): give a text") from None
     for name in sorted(topics):
         yield f"topic {name}", topics[name]
     for module, entries in itertools.groupby(library_docstrings(), key=lambda entry: entry[0]):
@@ -300,7 +307,7 @@ def docstrings(node, name):
 
 
 def position(key):
-    """A number from 0 to 1 that depends on the key alone: where finetune.py's splits have it."""
+    """A pseudo-random number from 0 to 1 that depends on the key alone: finetune.py splits by it."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
@@ -314,30 +321,29 @@ def first_sentence(docstring):
 
 
 def manual_examples():
-    """Examples for finetune.py from Python's manual: {task: [{...}]}. Those of a module are one
-    group, which no split divides.
+    """Examples for finetune.py from Python's manual: {task: [{...}]}. Those of a module have it as
+    their "group", which all goes to one side of a split.
 
     classify: a docstring, and the package it is from, one of those that have many modules.
-    instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring; for every second
-    of them also a question whose answer lies in the name.
+    instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring; for every fourth,
+    where it is; and for another fourth, what it takes.
     preference: an explanation, and as a worse one that of something in another module.
     """
-    by_package, by_module = collections.defaultdict(list), collections.defaultdict(list)
+    packages = collections.defaultdict(lambda: collections.defaultdict(list))
+    by_module = collections.defaultdict(list)
     for module, title, text in library_docstrings():
-        by_package[module.split(".")[0]].append({"text": clean(text), "group": module})
+        package = module.split(".")[0]
+        example = {"text": clean(text), "group": module, "label": package}
+        packages[package][module].append(example)
         name, sentence = title.split("(")[0], first_sentence(clean(text))
         if "._" not in name and 20 <= len(sentence) <= 200 and len(title) <= 100:
             by_module[module].append((title, sentence))
     examples = {"classify": [], "instruct": [], "preference": []}
-    for package, found in by_package.items():
-        modules = collections.Counter()
-        turns = []  # so as to take a few of each module rather than all of the first ones
-        for example in found:
-            modules[example["group"]] += 1
-            turns.append((modules[example["group"]], example))
-        if len(modules) >= 10 and len(found) >= 150:
-            for _, example in sorted(turns, key=lambda turn: turn[0])[:300]:
-                examples["classify"].append({**example, "label": package})
+    for modules in packages.values():
+        if len(modules) >= 10 and sum(map(len, modules.values())) >= 150:
+            rounds = itertools.zip_longest(*modules.values())  # one of each, again and again
+            found = filter(None, itertools.chain.from_iterable(rounds))
+            examples["classify"] += itertools.islice(found, 300)
     modules = sorted(by_module, key=position)  # so the other module is in the same split, mostly
     for module, other in zip(modules, modules[1:] + modules[:1]):
         pairs = zip(by_module[module], itertools.cycle(by_module[other]))
@@ -405,7 +411,7 @@ def train_bpe(texts, vocab_size):
     # From here on a piece is a string with one character for each token: byte 65 and token 65 are
     # chr(65). So a pair is a string of two, and merging it is str.replace.
     pieces = [piece.encode().decode("latin-1") for piece in pieces]
-    pair_counts, pieces_with = count_pairs(pieces, counts)
+    pair_counts, pieces_with = count_pairs(pieces, counts)  # and pieces that have lost it since
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # sorted is a heap, too
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and len(tokens) < vocab_size:
@@ -509,12 +515,12 @@ def build_tokenizer(spec):
             )
     try:
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(spec["tokens"])}
-        special = {name: len(ranks) + i for i, name in enumerate(spec["special_tokens"])}
+        special = {token: len(ranks) + i for i, token in enumerate(spec["special_tokens"])}
         if not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("not all bytes are tokens")
         if len(ranks) < len(spec["tokens"]) or len(special) < len(spec["special_tokens"]):
             raise ValueError("a token twice")
-        if END_OF_TEXT not in special or not all(isinstance(name, str) for name in special):
+        if END_OF_TEXT not in special or not all(isinstance(token, str) for token in special):
             raise ValueError(f"no {END_OF_TEXT}, or special tokens that are no text")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"damaged tokenizer ({error!r:.90})") from error
@@ -525,7 +531,7 @@ ALPACA = {"system": "", "user": "### Instruction:\n", "assistant": "### Response
 
 
 def default_template(tokenizer):
-    """ "roles" for a vocabulary that has tokens for them, as ours do; else "alpaca", plain text."""
+    """The template for a vocabulary: "roles" if it has tokens for them; else "alpaca", plain text."""
     return "roles" if tokenizer.special_tokens_set.issuperset(ROLES) else "alpaca"
 
 
@@ -577,8 +583,8 @@ def save_tokenizer(spec, folder, block_size):
     into the two that it was merged from. Raises ValueError for tokenizers not of GPT-2's kind.
     """
     tokenizer = build_tokenizer(spec)
-    contiguous = max(tokenizer._mergeable_ranks.values()) < len(tokenizer._mergeable_ranks)
-    if tokenizer._pat_str != SPLIT or not contiguous:
+    known_ranks = sorted(tokenizer._mergeable_ranks.values())
+    if tokenizer._pat_str != SPLIT or known_ranks != list(range(len(known_ranks))):
         raise ValueError(f"tokenizer {tokenizer.name}: not of GPT-2's kind, so there is no export")
     characters, ranks, merges = byte_characters(), {}, ["#version: 0.2"]
 
@@ -650,8 +656,8 @@ def read_tokenizer(folder):
 
 
 def tokenizer_of(checkpoint, path):
-    """The spec of the tokenizer that goes with load_checkpoint(path): its own, that of the folder
-    in which it lies, or GPT-2's."""
+    """The spec of the tokenizer for a checkpoint that was read from path: the one in it, that of the
+    folder in which it lies, or GPT-2's."""
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
     spec = checkpoint.get("tokenizer") or (read_tokenizer(folder) if path.exists() else None)
@@ -730,36 +736,39 @@ def open_data(folder):
     return meta
 
 
-OUR_FILES = r"meta\.json|(train|val)_\d{5}\.npy|(classify|instruct|preference)\.jsonl|\..*"
+OUR_FILES = r"meta\.json|(train|val)_\d{5}\.npy|(classify|instruct|preference)\.jsonl"
 
 
 def check_replaceable(out):
-    """Raises ValueError where out is a file, or a folder in which there are files not of ours."""
+    """Raises ValueError where out is a file, or a folder with files that are not ours. Hidden ones
+    and folders may lie in it: they stay."""
     if out.is_file():
         raise ValueError(f"--out={out}: a file of that name is there; name another folder")
-    files = [entry.name for entry in out.iterdir() if entry.is_file()] if out.exists() else []
-    foreign = [name for name in files if not regex.fullmatch(OUR_FILES, name)]
+    files = [entry.name for entry in out.glob("[!.]*") if entry.is_file()]
+    foreign = [name for name in files if not re.fullmatch(OUR_FILES, name)]
     if foreign or (files and b'"splits"' not in (out / "meta.json").read_bytes()):
         name = foreign[0] if foreign else "meta.json"
         raise ValueError(f"--out={out}: {name} in it is not ours, so it stays; name another folder")
 
 
 def install(partial, out):
-    """Puts a finished folder in the place of out. At every moment one of the two is whole."""
+    """Puts a finished folder in the place of out. A kill at any moment leaves the old one or the new
+    one whole: finish_install, which every run begins with, ends what was begun."""
     if out.exists():
         out.rename(out.with_name(f".{out.name}.old"))
     partial.rename(out)
-    clear_old(out)
+    finish_install(out)
 
 
-def clear_old(out):
-    """Ends what install has begun, also where it was killed; folders that lay in out stay in it."""
+def finish_install(out):
+    """Brings back the old folder where there is no new one; else removes it, but for what is not
+    ours."""
     old = out.with_name(f".{out.name}.old")
     if old.exists() and not out.exists():
         old.rename(out)
     elif old.exists():
         for entry in old.iterdir():
-            if entry.is_dir():
+            if entry.is_dir() or entry.name.startswith("."):
                 entry.rename(out / entry.name)
         shutil.rmtree(old)
 
@@ -785,7 +794,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def parse_args(self, argv=None, namespace=None):
-        args, unknown = self.parse_known_args(argv, namespace)
+        args, unknown = self.parse_known_intermixed_args(argv, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
@@ -879,10 +888,11 @@ def gather(args, spool):
 
     Returns 64 bits for each document, which stand for its text, and how many were too short.
     """
-    progress = Progress("reading", sum(path.stat().st_size for path in find_files(args.inputs)))
+    files = find_files(args.inputs)
+    progress = Progress("reading", sum(path.stat().st_size for path in files))
     digests, too_short = array.array("Q"), 0
     with open(spool, "wb") as file:
-        for _, text in read_documents(args.inputs, args.text_field, args.separator):
+        for _, text in read_documents(files, args.text_field, args.separator):
             text = clean(text)
             if len(text) < args.min_chars:
                 too_short += 1
@@ -913,6 +923,7 @@ def mark_first(digests):
 def distinct_texts(spool, digests, is_first, label):
     """Yields (digest, text) of the gathered documents that are the first with their text."""
     progress = Progress(label, spool.stat().st_size)
+    # zip leaves off the empty text after the last NUL
     for digest, first, (offset, data) in zip(digests, is_first, split_file(spool, "\0")):
         if first:
             yield int(digest), data.decode()
@@ -936,11 +947,12 @@ def given_tokenizer(args):
         return None
     if args.vocab_size:
         raise ValueError(f"--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own")
+    spec = {"name": args.tokenizer}
     is_name = args.tokenizer in tiktoken.list_encoding_names()
     if not is_name and pathlib.Path(args.tokenizer).is_dir():
-        return read_tokenizer(args.tokenizer) or open_data(args.tokenizer)["tokenizer"]
-    build_tokenizer({"name": args.tokenizer})  # complain before the long work, not after it
-    return {"name": args.tokenizer}
+        spec = read_tokenizer(args.tokenizer) or open_data(args.tokenizer)["tokenizer"]
+    build_tokenizer(spec)  # complains before the long work, not after it
+    return spec
 
 
 def trained_tokenizer(args, texts, fraction):
@@ -956,7 +968,7 @@ def trained_tokenizer(args, texts, fraction):
 
 def split_texts(texts, by_document):
     """Turns (digest, text) into (split, text). A tenth of the documents is held out, by their
-    digests, so that nothing else matters; or, where there are few, the last tenth of each."""
+    digests, so whatever their order and neighbours; or, where there are few, a tenth of each."""
     for digest, text in texts:
         if by_document:
             yield ("val" if digest % 10 == 0 else "train"), text
@@ -975,8 +987,9 @@ def encode_texts(texts, tokenizer, folder, threads):
 
     def parts():
         for split, text in texts:
-            for part in (whole := list(cut(text))):
-                yield split, part, part is whole[-1]
+            parts_of_text = list(cut(text))
+            for number, part in enumerate(parts_of_text, 1):
+                yield split, part, number == len(parts_of_text)
 
     def encode(item):
         _, part, is_last = item
@@ -1024,9 +1037,10 @@ def prepare(args, spec, folder):
     }
     spool.unlink()
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    for task, examples in manual_examples().items() if not args.inputs else ():
-        lines = "".join(json.dumps(example) + "\n" for example in examples)
-        (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
+    if not args.inputs:
+        for task, examples in manual_examples().items():
+            lines = "".join(json.dumps(example) + "\n" for example in examples)
+            (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
     print(f"dropped {(~is_first).sum():,} duplicates and {too_short:,} short documents")
     return meta, tokenizer
 
@@ -1066,7 +1080,7 @@ def main(argv=None):
         try:
             for leftover in partial.glob("[!.]*"):  # of a run that was killed
                 leftover.unlink()
-            clear_old(out)
+            finish_install(out)
             check_replaceable(out)
             spec = given_tokenizer(args)
             if not args.inputs:

@@ -18,7 +18,6 @@ import argparse
 import collections
 import contextlib
 import csv
-import dataclasses
 import itertools
 import math
 import os
@@ -28,7 +27,7 @@ import signal
 import sys
 import time
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -48,10 +47,11 @@ from prepare_data import (
 # --- what can be set ------------------------------------------------------------------------------
 
 
-def option(default, help, fixed=False, least=None):
-    """A config field that is also a flag. A fixed one cannot change when a run is resumed."""
-    least = (1 if type(default) is int else 0) if least is None else least
-    return field(default=default, metadata={"help": help, "fixed": fixed, "least": least})
+def option(default, help, fixed=False, least=1, choices=()):
+    """A config field that is also a flag. A fixed one cannot change when a run is resumed; least is
+    the smallest whole number allowed."""
+    metadata = {"help": help, "fixed": fixed, "least": least, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -60,40 +60,47 @@ class RunConfig:
 
     out_dir: str = option("out", "folder for checkpoints and metrics.csv")
     batch_size: int = option(4, "windows in a micro-batch", fixed=True)
-    gradient_accumulation_steps: int = option(1, "micro-batches in a step, of each process")
-    seed: int = option(1337, "of weights, batches and dropout", fixed=True, least=0)
+    gradient_accumulation_steps: int = option(1, "micro-batches in a step, in each process")
+    seed: int = option(1337, "for weights, batches and dropout", fixed=True, least=0)
     # AdamW, with warmup and cosine decay
     max_iters: int = option(4000, "steps")
     learning_rate: float = option(2e-3, "the highest, at the end of warmup")
-    min_lr: float | None = option(None, "the lowest, in the last step (default: a tenth of it)")
+    min_lr: float | None = option(None, "the lowest, where decay ends (default: a tenth of it)")
     warmup_iters: int = option(20, "steps in which the learning rate rises", least=0)
-    lr_decay_iters: int | None = option(None, "steps until min_lr (default: max_iters)", least=1)
+    lr_decay_iters: int | None = option(None, "steps until min_lr (default: max_iters)")
     weight_decay: float = option(0.1, "of matrices, not of biases and LayerNorm")
     beta1: float = option(0.9, "AdamW's memory of the gradient")
     beta2: float = option(0.99, "AdamW's memory of its square")
     grad_clip: float = option(1.0, "the highest norm of the gradient (0: no clipping)")
     # evaluation and output
     eval_interval: int = option(500, "steps between evaluations, each of which saves")
-    patience: int | None = option(
-        None, "stop after so many evaluations without a better loss", least=1
-    )
+    patience: int | None = option(None, "stop after so many evaluations without a better loss")
     log_interval: int = option(100, "steps between lines of output")
     # the machine
     device: str | None = option(None, "cpu, cuda, mps (default: the best there is)")
     dtype: str | None = option(
-        None, "float32, bfloat16, float16 (default: on CUDA the best short one)"
+        None,
+        "precision of matrix products (default: on CUDA the best short one)",
+        choices=("float32", "bfloat16", "float16"),
     )
     compile: bool | None = option(None, "use torch.compile (default: on CUDA)")
 
     def __post_init__(self):
         for f in fields(self):
-            value, kinds, least = getattr(self, f.name), kinds_of(f), f.metadata["least"]
+            value, kinds = getattr(self, f.name), kinds_of(f)
+            least, choices = f.metadata["least"] if int in kinds else 0, f.metadata["choices"]
             if float in kinds and type(value) is int:
                 value = float(value)
             if type(value) not in kinds:
                 raise ValueError(f"{f.name} must be {kinds[0].__name__}, not {value!r}")
             if type(value) in (int, float) and not least <= value < math.inf:
                 raise ValueError(f"{f.name} must be {least} or more, not {value}")
+            if choices and value not in (*choices, None):
+                raise ValueError(f"--{f.name}={value}: unknown; there are {', '.join(choices)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, not {self.seed}")
+        if self.learning_rate < (self.min_lr or 0):
+            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
 
 
 @dataclass
@@ -123,15 +130,14 @@ def parse_flags(config_class, description, argv):
     """argv -> {name: value} of the flags that are given. There is a flag for each field."""
     parser = ArgumentParser(description)
     for f in fields(config_class):
-        kind = kinds_of(f)[0]
-        if kind is not bool:
-            as_flag = {"type": kind, "metavar": kind.__name__.upper()}
-        else:
-            as_flag = {"type": parse_bool, "metavar": "BOOL", "nargs": "?", "const": True}
-        shown = "" if f.default is None else f" (default: {f.default})"
-        parser.add_argument(
-            f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"] + shown, **as_flag
-        )
+        kind, text = kinds_of(f)[0], f.metadata["help"]
+        name = "|".join(f.metadata["choices"]) or kind.__name__.upper()
+        how = {"type": kind, "metavar": name, "default": argparse.SUPPRESS}
+        if kind is bool:
+            how |= {"type": parse_bool, "nargs": "?", "const": True}
+        if f.default is not None:
+            text += f" (default: {f.default})"
+        parser.add_argument(f"--{f.name}", help=text, **how)
     return vars(parser.parse_args(argv))
 
 
@@ -151,7 +157,8 @@ def merge_flags(config_class, checkpoint, flags, path):
         before = getattr(saved, f.name)
         if f.metadata["fixed"] and flags.get(f.name, before) != before:
             raise ValueError(f"{path} has {f.name}={before}, not --{f.name}={flags[f.name]}")
-    return dataclasses.replace(saved, **flags)
+    here = {"out_dir": str(path.parent)}  # it may have been moved
+    return replace(saved, **{**flags, **here})
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -160,9 +167,9 @@ def merge_flags(config_class, checkpoint, flags, path):
 class Windows:
     """Windows of block_size + 1 consecutive tokens, as an endless, reproducible sequence.
 
-    Every epoch cuts the tokens anew, at a phase of its own, and shuffles the windows, so each is
-    seen once an epoch. The n-th window depends on seed and n alone: a run can resume at any step,
-    and several processes can share the work, without anything being remembered.
+    Every epoch cuts the tokens anew, at a phase of its own, and shuffles the windows. So no token is
+    a target twice in an epoch; fewer than 2 block_size are left out. The n-th window depends on
+    seed and n alone: a run can resume at any step, and several processes can share the work.
     """
 
     def __init__(self, arrays, block_size, vocab_size, seed=0):
@@ -170,7 +177,7 @@ class Windows:
         self.vocab_size = vocab_size
         self.starts = np.cumsum([0, *map(len, arrays)])  # where each shard begins
         self.tokens = int(self.starts[-1])
-        # one fewer than fit, so that the phase can shift them by up to block_size
+        # one fewer than fit, so that the phase can shift them by 0 ... block_size - 1
         self.per_epoch = max(1, (self.tokens - 1) // block_size - 1)
         self.epoch = None
 
@@ -205,7 +212,7 @@ class Windows:
         return split_targets(windows)
 
     def fixed_batches(self, batch_size, max_batches):
-        """The same batches each time: evenly spaced windows, none of which overlap."""
+        """The same batches each time: evenly spaced windows, in which no target occurs twice."""
         n = (self.tokens - 1) // self.block_size
         chosen = np.linspace(0, n - 1, min(n, max_batches * batch_size)).astype(int)
         for i in range(0, len(chosen), batch_size):
@@ -219,17 +226,10 @@ def split_targets(windows):
     return batch[:, :-1], batch[:, 1:]
 
 
-def micro_batches_of(step, accumulation, rank=0, world_size=1):
-    """The numbers of a process's micro-batches in a step: together, the processes do the same
-    global batch that one process would with world_size times the accumulation."""
-    first = (step * world_size + rank) * accumulation
-    return range(first, first + accumulation)
-
-
 def seed_dropout(device, seed, step, rank=0):
     """Makes dropout, too, depend on the step alone."""
     number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
-    if device.type == "cpu":  # torch.manual_seed would note a stack trace for every absent device
+    if device.type == "cpu":  # torch.manual_seed is slow: it goes through all other devices, too
         torch.default_generator.manual_seed(number)
     else:
         torch.get_device_module(device).manual_seed(number)
@@ -238,15 +238,13 @@ def seed_dropout(device, seed, step, rank=0):
 # --- the machine ----------------------------------------------------------------------------------
 
 
-PROCESSES = {"RANK": 0, "WORLD_SIZE": 1}  # as torchrun's environment has it
-
-
 class Machine:
     """Device and precision of a run, checked against what is there; which of torchrun's processes
     this is, and how they talk."""
 
     def __init__(self, config):
-        self.rank, self.world_size = (int(os.environ.get(k, n)) for k, n in PROCESSES.items())
+        self.rank = int(os.environ.get("RANK", "0"))  # torchrun sets these
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.device = pick_device(config.device)
         cuda = self.device.type == "cuda"
         if self.world_size > 1:
@@ -256,12 +254,11 @@ class Machine:
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
             if self.rank > 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # one speaks for all
-        dtypes = ["float32", "float16"]
-        if not cuda or torch.cuda.is_bf16_supported(including_emulation=False):
-            dtypes.append("bfloat16")
-        name = config.dtype or (dtypes[-1] if cuda else "float32")
-        if name not in dtypes:
-            raise ValueError(f"dtype {name} is not available on {self.device}: {', '.join(dtypes)}")
+        has_bfloat16 = not cuda or torch.cuda.is_bf16_supported(including_emulation=False)
+        best = ("bfloat16" if has_bfloat16 else "float16") if cuda else "float32"
+        name = config.dtype or best
+        if name == "bfloat16" and not has_bfloat16:
+            raise ValueError(f"dtype {name} is not available on {self.device}; float16 is")
         self.dtype = getattr(torch, name)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=name == "float16")
         self.compile = cuda if config.compile is None else config.compile
@@ -289,7 +286,7 @@ class Machine:
     @contextlib.contextmanager
     def first_process_first(self):
         """What is in this block, the process of rank 0 does before the others."""
-        if self.world_size > 1 and self.rank > 0:
+        if self.rank > 0:
             torch.distributed.barrier()
         yield
         if self.world_size > 1 and self.rank == 0:
@@ -303,31 +300,23 @@ def configure_optimizer(model, learning_rate, weight_decay, betas):
     """AdamW (Loshchilov & Hutter 2019); weights decay where they are matrices, and only there.
 
     A group's "lr_scale" multiplies the learning rate. A row of the token embedding learns only
-    when its token comes by, and neither it nor a row of the head grows with the model's width
+    when its token comes by, and its steps, like the head's, need not shrink as the matrices grow
     (Yang et al. 2022, "Tensor Programs V"): both bear, and want, larger steps than the matrices
-    between them. A tied head, which is both at once, does not.
+    between them; how much larger was found by trial. A tied head, which is both at once, does not.
     """
     scales = {"wte.weight": 20, "lm_head.weight": 4}
     tied = not any(name.endswith("lm_head.weight") for name, _ in model.named_parameters())
-    groups = {}  # (lr_scale, weight_decay): parameters
+    found = {}  # (lr_scale, weight_decay): parameters
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = 1 if tied else scales.get(".".join(name.split(".")[-2:]), 1)
             decay = weight_decay if parameter.dim() >= 2 else 0.0
-            groups.setdefault((scale, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": params,
-                "lr": learning_rate * scale,
-                "lr_scale": scale,
-                "weight_decay": decay,
-            }
-            for (scale, decay), params in groups.items()
-        ],
-        betas=betas,
-        fused=True,
-    )
+            found.setdefault((scale, decay), []).append(parameter)
+    groups = [
+        {"params": group, "lr": learning_rate * scale, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), group in found.items()
+    ]
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def learning_rate_at(step, config):
@@ -382,13 +371,13 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def stop_signals(patient=False):
+def stop_signals(ignore_repeats=False):
     """Yields a list of the signals caught: the first Ctrl-C or SIGTERM asks for a stop after this
-    step, a second one acts at once, unless patient (torchrun repeats a signal to its processes)."""
+    step; a second one acts at once, if repeats are not ignored (torchrun sends a signal twice)."""
     caught = []
 
     def catch(number, frame):
-        if not patient:
+        if not ignore_repeats:
             signal.signal(number, earlier[number])
         caught.append(number)
 
@@ -398,6 +387,17 @@ def stop_signals(patient=False):
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory():
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
+            "trains the same"
+        ) from error
 
 
 def format_seconds(seconds):
@@ -415,8 +415,9 @@ class Trainer:
 
     task.model(*tensors)     the mean loss over targets
     task.micro_batch(n)      the tensors of the run's n-th micro-batch: idx (B, T) ..., targets
-    task.evaluate()          {"val_loss": ..., and others named in task.columns}
-    task.best(), task.last() the contents of best.pt and, but for the run's state, of last.pt
+    task.evaluate()          {"val_loss": ..., and others}
+    task.columns             the names of these, for metrics.csv
+    task.best(), task.last() the contents of best.pt, and of last.pt without the run's state
     task.bits_per_byte       what a nat of loss is in bits per byte, or None
 
     saved is the checkpoint to resume from, whose weights the model has already.
@@ -432,14 +433,16 @@ class Trainer:
         self.forward = torch.compile(self.model) if machine.compile else self.model
         if machine.world_size > 1:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
-        self.state = {"step": 0, "tokens": 0, "seconds": 0.0}
+        self.state = {"step": 0, "micro_batches": 0, "tokens": 0, "seconds": 0.0}
         self.state |= {"best_val_loss": math.inf, "evaluations_since": 0}
         if saved:
             self.restore(saved)
         self.logged = dict(self.state)  # at the last line of output
         self.losses = []  # of the steps since then
-        self.draw_after = 0.0
+        self.norm = math.nan  # of the last gradient
         self.stats = {}  # what else a kind of training reports of its last step
+        self.draw_after = 0.0
+        self.unfinished_line = False
 
     def restore(self, saved):
         fresh = self.optimizer.state_dict()  # its settings are the config's, not the file's
@@ -449,7 +452,8 @@ class Trainer:
                 shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
                 if {name: tensor.shape for name, tensor in moments.items()} != shapes:
                     raise ValueError("optimizer state of another shape")
-            self.machine.scaler.load_state_dict(saved["scaler"])
+            if saved["scaler"] and self.machine.scaler.is_enabled():  # else it is not float16
+                self.machine.scaler.load_state_dict(saved["scaler"])
             self.state = {name: type(v)(saved["state"][name]) for name, v in self.state.items()}
             threads = saved["threads"]
         except Exception as error:
@@ -461,35 +465,35 @@ class Trainer:
             )
 
     def run(self):
-        """Trains to max_iters, or until a signal asks to stop."""
-        config, state = self.config, self.state
+        """Trains to max_iters, or until a signal or a reason_to_stop."""
+        config, state, reason = self.config, self.state, None
         if state["step"] >= config.max_iters:
             print(f"{self.out_dir} is at step {state['step']} already; --max_iters=N goes further")
         stop = 0  # the number of a signal that has reached any of the processes
         if self.machine.rank == 0:
             self.metrics = Metrics(self.out_dir / "metrics.csv", state["step"], self.task.columns)
-        with stop_signals(patient=self.machine.world_size > 1) as caught:
-            while state["step"] < config.max_iters and not stop and not self.finished():
-                try:
+        try:
+            with stop_signals(ignore_repeats=self.machine.world_size > 1) as caught:
+                while state["step"] < config.max_iters and not stop:
+                    if reason := self.reason_to_stop():
+                        break
                     self.take_step()
-                except torch.OutOfMemoryError as error:
-                    raise ValueError(
-                        "out of memory: halve --batch_size and double "
-                        "--gradient_accumulation_steps, which trains the same"
-                    ) from error
-                if state["step"] % config.eval_interval == 0 or state["step"] == config.max_iters:
-                    metrics = self.task.evaluate()
-                    self.log(**metrics)
-                    self.save(metrics["val_loss"])
-                elif state["step"] % config.log_interval == 0:
-                    self.log()
-                stop = self.agree(caught)
+                    at_end = state["step"] == config.max_iters
+                    if state["step"] % config.eval_interval == 0 or at_end:
+                        metrics = self.task.evaluate()
+                        self.log(**metrics)
+                        self.save(metrics["val_loss"])
+                    elif state["step"] % config.log_interval == 0:
+                        self.log()
+                    stop = self.agree(caught)
+        finally:
+            if self.unfinished_line:
+                print()
+        if reason:
+            print("stopped:", reason)
         if stop:
             self.save()
-            start = "\n" * sys.stdout.isatty()  # leave the line that changes
-            print(
-                f"{start}stopped after step {state['step']}; --init_from=resume goes on from there"
-            )
+            print(f"stopped after step {state['step']}; --init_from=resume goes on from there")
             raise SystemExit(128 + stop)
 
     def agree(self, caught):
@@ -497,45 +501,48 @@ class Trainer:
         counts = self.machine.sum(*(float(number in caught) for number in STOPS))
         return max((number for number, n in zip(STOPS, counts) if n), default=0)
 
-    def finished(self):
-        """Whether to stop early: no better validation loss for config.patience evaluations."""
-        patience = self.config.patience
-        return patience is not None and self.state["evaluations_since"] >= patience
+    def reason_to_stop(self):
+        """Why to stop before max_iters, or None."""
+        since, patience = self.state["evaluations_since"], self.config.patience
+        if patience is not None and since >= patience:
+            return f"no better validation loss in {since} evaluations, --patience={patience}"
 
     def take_step(self):
-        """One update of the weights. Raises ValueError, changing nothing, if loss or gradient is
-        not finite."""
+        """One update of the weights. Raises ValueError before it, if loss or gradient is not
+        finite."""
         config, state = self.config, self.state
         start = time.perf_counter()
         self.set_learning_rate()
         rank, world_size = self.machine.rank, self.machine.world_size
         seed_dropout(self.machine.device, config.seed, state["step"], rank)
         accumulation = config.gradient_accumulation_steps
-        numbers = micro_batches_of(state["step"], accumulation, rank, world_size)
-        batches = [self.task.micro_batch(n) for n in numbers]
+        # the processes share the micro-batches that one would take in world_size times the number
+        first = state["micro_batches"] + rank * accumulation
+        batches = [self.task.micro_batch(first + i) for i in range(accumulation)]
         targets, loss = sum(map(count_targets, batches)), 0.0
         for tensors in batches:
-            if world_size > 1:  # processes average their gradients once, at the last of the batches
+            if world_size > 1:  # gradients are averaged over processes once, at the last of these
                 self.forward.require_backward_grad_sync = tensors is batches[-1]
-            with self.machine.autocast():  # each target of the step weighs the same
+            with self.machine.autocast():
                 mean = self.forward(*self.machine.put(*tensors))
-                part = mean * (count_targets(tensors) / targets)
+                part = mean * (count_targets(tensors) / targets)  # each target weighs the same
             self.machine.scaler.scale(part).backward()
-            loss += part.item()
+            loss += part.detach()
             state["tokens"] += tensors[0].numel() * world_size
-        loss = self.machine.sum(loss / world_size)[0]
+        loss = self.machine.sum(loss.item() / world_size)[0]
         self.update(loss)
         self.losses.append(loss)
+        state["micro_batches"] += accumulation * world_size
         state["step"] += 1
         state["seconds"] += time.perf_counter() - start
 
     def set_learning_rate(self):
+        rate = learning_rate_at(self.state["step"], self.config)
         for group in self.optimizer.param_groups:
-            rate = learning_rate_at(self.state["step"], self.config)
             group["lr"] = rate * group["lr_scale"]
 
     def update(self, loss):
-        """Clips the gradients that there are and changes the weights by them."""
+        """Clips the gradients and changes the weights by them."""
         scaler = self.machine.scaler
         scaler.unscale_(self.optimizer)
         limit = self.config.grad_clip or math.inf
@@ -543,7 +550,7 @@ class Trainer:
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise ValueError(
                 f"step {self.state['step']}: stopped, the loss is {loss} and the gradient's norm "
-                f"{norm}; checkpoints are from before; a lower --learning_rate may help"
+                f"{norm}; saved checkpoints are whole; a lower --learning_rate may help"
             )
         scaler.step(self.optimizer)  # leaves the weights alone where float16 has overflowed
         scaler.update()
@@ -552,14 +559,15 @@ class Trainer:
 
     def log(self, **metrics):
         """A line of output and a row of metrics.csv, about the steps since the last one."""
-        metrics = {**self.stats, **metrics}
+        config, state = self.config, self.state
+        logged, losses = self.logged, self.losses
+        self.logged, self.losses = dict(state), []
         if self.machine.rank > 0:
-            self.logged, self.losses = dict(self.state), []
             return
-        config, state, loss = self.config, self.state, sum(self.losses) / len(self.losses)
-        bits_per_byte = self.task.bits_per_byte
-        seconds = state["seconds"] - self.logged["seconds"]
-        tokens_per_s = (state["tokens"] - self.logged["tokens"]) / seconds
+        metrics = {**self.stats, **metrics}
+        loss, bits_per_byte = sum(losses) / len(losses), self.task.bits_per_byte
+        seconds = state["seconds"] - logged["seconds"]
+        tokens_per_s = (state["tokens"] - logged["tokens"]) / seconds
         self.metrics.add(
             {
                 "step": state["step"],
@@ -572,10 +580,7 @@ class Trainer:
                 **metrics,
             }
         )
-        left = (config.max_iters - state["step"]) * seconds / len(self.losses)
-        # a terminal has one line that changes, and keeps those with an evaluation
-        live = sys.stdout.isatty()
-        passing = live and "val_loss" not in metrics
+        left = (config.max_iters - state["step"]) * seconds / len(losses)
         parts = [
             f"step {state['step']:5}/{config.max_iters}",
             f"loss {loss:.3f}",
@@ -584,9 +589,13 @@ class Trainer:
             f"{format_seconds(left)} left",
             *(f"{name} {value:.4f}" for name, value in metrics.items()),
         ]
-        line = "  ".join(filter(None, parts))
-        print("\r\x1b[K" * live + line, end="" if passing else "\n", flush=True)
-        self.logged, self.losses = dict(state), []
+        # a terminal has one line that changes, and keeps those with an evaluation
+        live = sys.stdout.isatty()
+        self.unfinished_line = live and "val_loss" not in metrics
+        end = "" if self.unfinished_line else "\n"
+        print(
+            "\r\x1b[K" if live else "", "  ".join(filter(None, parts)), sep="", end=end, flush=True
+        )
         if "val_loss" in metrics:
             self.draw()
 
@@ -691,14 +700,14 @@ def make_model(config, flags, meta, checkpoint):
             "checkpoint was trained on"
         )
     given = {name: flags[name] for name in MODEL_FLAGS if name in flags}
-    free = {name: value for name, value in given.items() if "dropout" in name}
+    free = {name: given[name] for name in ("dropout", "attn_dropout") if name in given}
     model = GPT.from_checkpoint(checkpoint, **free)
     if given.get("block_size", math.inf) < model.config.block_size:
         model.resize_positions(given["block_size"])
     for name, value in given.items():
         has = getattr(model.config, name)
         if has != value:
-            raise ValueError(f"{config.init_from} has {name}={has}, not --{name}={value}")
+            raise ValueError(f"{path} has {name}={has}, not --{name}={value}")
     return model
 
 
@@ -710,17 +719,15 @@ class Pretraining:
     def __init__(self, config, machine, model, meta):
         self.config, self.machine, self.model, self.meta = config, machine, model, meta
         self.train_split, self.val_split = meta["splits"]["train"], meta["splits"]["val"]
-        self.bits_per_byte = bits_per_byte(self.train_split)
+        self.bits_per_byte = bits_per_byte_of(self.train_split)
         if self.train_split["tokens"] <= config.block_size:
             raise ValueError(
                 f"{config.data}: {self.train_split['tokens']} tokens to train on do not fill one "
                 f"window of block_size + 1 = {config.block_size + 1}; use more text or a smaller "
                 "--block_size"
             )
-        self.windows = self.windows_of(self.train_split, config.block_size, config.seed)
-
-    def windows_of(self, split, block_size, seed=0):
-        return Windows(split["arrays"], block_size, self.meta["vocab_size"], seed)
+        arrays, vocab_size = self.train_split["arrays"], meta["vocab_size"]
+        self.windows = Windows(arrays, config.block_size, vocab_size, config.seed)
 
     def micro_batch(self, n):
         return self.windows.batch(n * self.config.batch_size, self.config.batch_size)
@@ -728,10 +735,11 @@ class Pretraining:
     def evaluate(self):
         """Loss in nats per token and in bits per byte of text, on the same windows every time."""
         config, split = self.config, self.val_split
-        windows = self.windows_of(split, min(config.block_size, split["tokens"] - 1))
+        block_size = min(config.block_size, split["tokens"] - 1)
+        windows = Windows(split["arrays"], block_size, self.meta["vocab_size"])
         batches = windows.fixed_batches(config.batch_size, config.eval_iters)
         loss = mean_loss(self.model, self.machine, batches)
-        return {"val_loss": loss, "val_bpb": loss * bits_per_byte(split)}
+        return {"val_loss": loss, "val_bpb": loss * bits_per_byte_of(split)}
 
     def best(self):
         tokenizer, digest = self.meta["tokenizer"], self.meta["digest"]
@@ -740,9 +748,13 @@ class Pretraining:
     last = best
 
 
-def bits_per_byte(split):
+def bits_per_byte_of(split):
     """What one nat per token is in bits per byte, the unit in which tokenizers compare."""
     return split["tokens"] / split["bytes"] / math.log(2)
+
+
+def windows_a_step(config, machine):
+    return config.batch_size * config.gradient_accumulation_steps * machine.world_size
 
 
 def matrix_rate(machine):
@@ -760,28 +772,29 @@ def matrix_rate(machine):
 def print_plan(trainer):
     """What a run costs: sizes, and times from a few steps of it, which are thrown away."""
     config, machine, task = trainer.config, trainer.machine, trainer.task
-    gpt, parts = task.model.config, collections.Counter()
+    gpt = task.model.config
+    parts = collections.Counter()
     for name, parameter in task.model.named_parameters():
         kind = next((k for k in ("wte", "wpe", "attn", "mlp", "lm_head") if k in name), "LayerNorm")
         parts[kind] += parameter.numel()
     total = parts.total()
     print("parameters:", ", ".join(f"{kind} {n:,}" for kind, n in parts.items()), f"= {total:,}")
-    per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    per_step = windows_a_step(config, machine) * config.block_size
     tokens, corpus = per_step * config.max_iters, task.windows.tokens
     print(
         f"tokens: {per_step:,} a step, {tokens:,} in all, {tokens / corpus:.1f} times the data; "
         f"compute-optimal for this model are {20 * total:,} (20 a parameter, Hoffmann et al. 2022)"
     )
-    # 2 a weight and token forward, twice that backward; attention's two products come on top
+    # a weight and token: 2 forward, 4 backward; attention's two products come on top
     matrices = total - parts["wpe"] - (0 if gpt.tie_weights else parts["wte"])
     flops = 6 * matrices + 12 * gpt.n_layer * gpt.n_embd * config.block_size
-    start, seconds = time.perf_counter(), []
-    while len(seconds) < 6 or time.perf_counter() - start < 3:
-        before = trainer.state["seconds"]
+    trainer.take_step()  # the first one prepares things
+    state, start = trainer.state, dict(trainer.state)
+    # as long in all processes, whose clocks differ
+    while state["step"] < 6 or machine.sum(state["seconds"] - start["seconds"])[0] < 3:
         trainer.take_step()
-        seconds.append(trainer.state["seconds"] - before)
-    step = sum(seconds[1:]) / len(seconds[1:])  # the first one prepares things
-    rate, peak = flops * per_step / step, matrix_rate(machine)
+    step = (state["seconds"] - start["seconds"]) / (state["step"] - start["step"])
+    rate, peak = flops * per_step / step, machine.world_size * matrix_rate(machine)
     if machine.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(machine.device)
     else:
@@ -798,6 +811,7 @@ def print_plan(trainer):
 
 
 @script
+@explain_out_of_memory()
 def main(argv=None):
     flags = parse_flags(TrainConfig, __doc__, argv)
     config, checkpoint, resumed = TrainConfig(**flags), None, None
@@ -805,7 +819,6 @@ def main(argv=None):
     if config.init_from == "resume":
         checkpoint = resumed = load_checkpoint(out_dir / "last.pt")
         config = merge_flags(TrainConfig, resumed, flags, out_dir / "last.pt")
-        config = dataclasses.replace(config, out_dir=str(out_dir))  # it may have been moved
     elif config.init_from != "scratch":
         checkpoint = load_checkpoint(config.init_from)
     machine = Machine(config)
@@ -814,7 +827,8 @@ def main(argv=None):
     if resumed and resumed.get("data_digest") != meta["digest"]:
         raise ValueError(f"{config.data}: not the text that {out_dir} was trained on")
     model = make_model(config, flags, meta, checkpoint).to(machine.device).train()
-    config = dataclasses.replace(config, **{n: getattr(model.config, n) for n in MODEL_FLAGS})
+    # a loaded model's shape overrides the defaults
+    config = replace(config, **{name: getattr(model.config, name) for name in MODEL_FLAGS})
     task = Pretraining(config, machine, model, meta)
     if config.eval_only:
         print(*(f"{name} {value:.4f}" for name, value in task.evaluate().items()), sep="  ")
@@ -823,10 +837,10 @@ def main(argv=None):
     if config.plan:
         print_plan(trainer)
         return
-    windows = config.max_iters * config.batch_size * config.gradient_accumulation_steps
+    epochs = config.max_iters * windows_a_step(config, machine) / task.windows.per_epoch
     print(
-        f"{model.num_params():,} parameters; {task.windows.tokens:,} tokens, seen "
-        f"{windows / task.windows.per_epoch:.1f} times; on {machine}"
+        f"{model.num_params():,} parameters; {task.windows.tokens:,} tokens, seen {epochs:.1f} "
+        f"times; on {machine}"
     )
     first = machine.rank == 0
     with sole_owner(out_dir) if first else contextlib.nullcontext():
