@@ -104,7 +104,7 @@ class FinetuneConfig(RunConfig):
     label_field: str = option("label", "column with the label", fixed=True)
     lm_weight: float = option(0.5, "weight of the next-token loss beside the labels'", fixed=True)
     balance: bool = option(False, "keep as many of each label as the rarest has", fixed=True)
-    predict: str | None = option(None, "a text to classify, without training")
+    predict: str | None = option(None, "a text to classify or an answer to score, without training")
     # instruct
     template: str | None = option(
         None, "of prompts (default: by the vocabulary)", fixed=True, choices=("roles", "alpaca")
