@@ -76,7 +76,8 @@ def causal_attention(q, k, v):
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token asks (q) all tokens up to itself (k) and takes a weighted mean of what they offer (v)."""
+    """Every token asks (q) itself and all before it (k), and takes a mean of what they offer (v),
+    weighted by how well they match."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -164,10 +165,11 @@ class GPT(nn.Module):
     def init_weights(self):
         """GPT-2's: N(0, 0.02), zero biases (Radford et al. 2018, section 4.1; 2019, section 2.3).
 
-        A tied wte is the output head, too, and must be small for the first logits to be small. Where
-        they are two, this project's own choice: tokens begin at N(0, 1), which the first updates
-        cannot swamp; positions as sinusoids (Vaswani et al. 2017, section 3.5), so that near and
-        far differ from the start; the head at zero, so that the first loss is ln(vocab_size).
+        A tied wte is the output head, too, and must be small for the first logits to be small.
+        Where they are two, this project's own choice: tokens begin at N(0, 1), which the first
+        updates cannot swamp; positions as sinusoids (Vaswani et al. 2017, section 3.5), so that
+        near and far differ from the start; the head at zero, so that the first loss is
+        ln(vocab_size).
         """
         config, transformer = self.config, self.transformer
         for name, parameter in self.named_parameters():
@@ -404,7 +406,7 @@ class KVCache:
         self.position = 0  # tokens read so far, counted by GPT.hidden
 
     def extend(self, layer, keys_values):
-        """Stores keys and values of new tokens, (2, B, n_head, T, head_size); returns all so far."""
+        """Stores those of new tokens, (2, B, n_head, T, head_size); returns those of all so far."""
         stored, end = self.layers[layer], self.position + keys_values.size(3)
         stored[:, :, :, self.position : end] = keys_values
         return stored[:, :, :, :end]

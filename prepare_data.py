@@ -307,7 +307,7 @@ def docstrings(node, name):
 
 
 def position(key):
-    """A pseudo-random number from 0 to 1 that depends on the key alone: finetune.py splits by it."""
+    """A pseudo-random number from 0 to 1 that depends on the key alone; splits go by it."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
@@ -531,7 +531,7 @@ ALPACA = {"system": "", "user": "### Instruction:\n", "assistant": "### Response
 
 
 def default_template(tokenizer):
-    """The template for a vocabulary: "roles" if it has tokens for them; else "alpaca", plain text."""
+    """The template that fits: "roles" where they are tokens, else "alpaca", which is plain text."""
     return "roles" if tokenizer.special_tokens_set.issuperset(ROLES) else "alpaca"
 
 
@@ -656,8 +656,8 @@ def read_tokenizer(folder):
 
 
 def tokenizer_of(checkpoint, path):
-    """The spec of the tokenizer for a checkpoint that was read from path: the one in it, that of the
-    folder in which it lies, or GPT-2's."""
+    """The spec of the tokenizer for a checkpoint that was read from path: the one in it, that of
+    the folder in which it lies, or GPT-2's."""
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
     spec = checkpoint.get("tokenizer") or (read_tokenizer(folder) if path.exists() else None)
@@ -752,8 +752,8 @@ def check_replaceable(out):
 
 
 def install(partial, out):
-    """Puts a finished folder in the place of out. A kill at any moment leaves the old one or the new
-    one whole: finish_install, which every run begins with, ends what was begun."""
+    """Puts a finished folder in the place of out. A kill at any moment leaves the old one or the
+    new one whole: finish_install, which every run begins with, ends what was begun."""
     if out.exists():
         out.rename(out.with_name(f".{out.name}.old"))
     partial.rename(out)

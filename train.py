@@ -167,8 +167,8 @@ def merge_flags(config_class, checkpoint, flags, path):
 class Windows:
     """Windows of block_size + 1 consecutive tokens, as an endless, reproducible sequence.
 
-    Every epoch cuts the tokens anew, at a phase of its own, and shuffles the windows. So no token is
-    a target twice in an epoch; fewer than 2 block_size are left out. The n-th window depends on
+    Every epoch cuts the tokens anew, at a phase of its own, and shuffles the windows. So no token
+    is a target twice in an epoch; fewer than 2 block_size are left out. The n-th window depends on
     seed and n alone: a run can resume at any step, and several processes can share the work.
     """
 
@@ -592,10 +592,8 @@ class Trainer:
         # a terminal has one line that changes, and keeps those with an evaluation
         live = sys.stdout.isatty()
         self.unfinished_line = live and "val_loss" not in metrics
-        end = "" if self.unfinished_line else "\n"
-        print(
-            "\r\x1b[K" if live else "", "  ".join(filter(None, parts)), sep="", end=end, flush=True
-        )
+        line = ("\r\x1b[K" if live else "") + "  ".join(filter(None, parts))
+        print(line, end="" if self.unfinished_line else "\n", flush=True)
         if "val_loss" in metrics:
             self.draw()
 
@@ -769,6 +767,18 @@ def matrix_rate(machine):
     return 2 * n**3 / best
 
 
+def peak_memory(device):
+    """The most that was in use so far, bytes: of the GPU, or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def print_plan(trainer):
     """What a run costs: sizes, and times from a few steps of it, which are thrown away."""
     config, machine, task = trainer.config, trainer.machine, trainer.task
@@ -795,18 +805,11 @@ def print_plan(trainer):
         trainer.take_step()
     step = (state["seconds"] - start["seconds"]) / (state["step"] - start["step"])
     rate, peak = flops * per_step / step, machine.world_size * matrix_rate(machine)
-    if machine.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(machine.device)
-    else:
-        import resource  # which Windows lacks, and where a Mac counts bytes
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(f"work: {flops * tokens:.2e} floating-point operations, {flops:,} a token")
     print(
         f"on {machine}: {step * 1e3:.0f} ms a step, {format_seconds(step * config.max_iters)} for "
         f"all but evaluation; {rate / 1e9:,.0f} GFLOP/s, {rate / peak:.0%} of what a matrix "
-        f"product reaches; peak memory {memory / 1e6:,.0f} MB"
+        f"product reaches; peak memory {peak_memory(machine.device) / 1e6:,.0f} MB"
     )
 
 
