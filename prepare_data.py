@@ -174,9 +174,11 @@ def field_of(item, field, where):
 
 def download(url):
     """Fetches a URL into downloads/, once; returns the path."""
-    folder, name = pathlib.Path("downloads"), re.sub(r"[^\w.-]+", "_", url.split("://")[1])
-    suffix = pathlib.Path(urllib.parse.urlsplit(url).path).suffix  # of data.jsonl?download=true
-    name = name.strip("_") if name.endswith(suffix) else name.strip("_") + suffix
+    folder = pathlib.Path("downloads")
+    name = re.sub(r"[^\w.-]+", "_", url.partition("://")[2]).strip("_")
+    suffix = pathlib.Path(urllib.parse.urlsplit(url).path).suffix
+    if not name.endswith(suffix):  # as of data.jsonl?download=true
+        name += suffix
     for path in (folder / name, folder / f"{name}.html"):
         if path.exists():
             print(f"using {path}; delete it to download {url} again")

@@ -763,14 +763,17 @@ def test_a_page_is_downloaded_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (b"<p>hello</p>", {"Content-Type": "text/html; charset=utf-8"})
     lines = (b'{"text": "one"}', {})
-    with web_server({"/page": page, "/a.jsonl?raw=true": lines}) as (url, asked):
+    with web_server(
+        {"/page": page, "/a.jsonl?raw=true": lines, "/of/http://b.jsonl?raw=1": lines}
+    ) as (url, asked):
         for _ in range(2):
             assert [clean(text) for text in documents_of(f"{url}/page")] == ["hello"]
         with pytest.raises(ValueError, match="404"):
             documents_of(f"{url}/nothing")
-        assert documents_of(f"{url}/a.jsonl?raw=true") == ["one"]
-    assert asked == ["/page", "/nothing", "/a.jsonl?raw=true"]
-    assert len(list((tmp_path / "downloads").iterdir())) == 2
+        for name in ("/a.jsonl?raw=true", "/of/http://b.jsonl?raw=1"):
+            assert documents_of(url + name) == ["one"]
+    assert len(asked) == 4
+    assert len(list((tmp_path / "downloads").iterdir())) == 3
 
 
 def test_a_sample_for_the_bpe_is_spread_over_all_text():
