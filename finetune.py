@@ -8,16 +8,11 @@
     python finetune.py --task=choice --data=hellaswag.jsonl             # only measures
     python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
     python finetune.py --task=reward --init_from=out/instruct           # score answers
-    python finetune.py --task=ppo --init_from=out/instruct              # make what scores high
+    python finetune.py --task=ppo --init_from=out/instruct              # write what scores high
 
 The loop is train.py's. A task adds its examples, the batches it makes of them, the loss and what is
 measured. Without --data, a task takes the examples that prepare_data.py makes of Python's manual.
 best.pt is a whole model, like any other; last.pt has only what was trained, and names the base.
-
-Reinforcement learning is simpler here than InstructGPT's (Ouyang et al. 2022): the value function
-is a head on the policy's trunk, since a model of its own would cost as much again; there is no
-pretraining term (PPO-ptx), since the KL penalty is enough at this size; that penalty's coefficient
-is fixed, so that a run can be understood; and prompts come from a file, not from people.
 """
 
 import collections
@@ -29,7 +24,7 @@ import json
 import math
 import pathlib
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import ClassVar
 
@@ -70,17 +65,22 @@ from train import (
 
 # --- what can be set ------------------------------------------------------------------------------
 
-TASK_NAMES = ("classify", "instruct", "choice", "dpo", "reward", "ppo")
+MEASURED = 100  # at most so many held-out prompts are answered for a report
 
 
 @dataclass
 class FinetuneConfig(RunConfig):
-    task: str = option("instruct", "what to learn", fixed=True, choices=TASK_NAMES)
+    task: str = option(
+        "instruct",
+        "what to learn",
+        fixed=True,
+        choices=("classify", "instruct", "choice", "dpo", "reward", "ppo"),
+    )
     init_from: str = option("out", "the model to begin with: a run's folder, gpt2, ...; or resume")
     out_dir: str | None = option(None, "folder to write (default: out/TASK)")
     data: str | None = option(None, "examples: .jsonl, .json, .csv, .tsv (default: the manual's)")
     val: str | None = option(None, "examples for validation (default: some of data)")
-    test: str | None = option(None, "for classify: examples for the final test (default: some)")
+    test: str | None = option(None, "for classify: examples for the test (default: some of data)")
     train: str = option(
         "all", "weights to train", fixed=True, choices=("all", "last_block", "head", "lora")
     )
@@ -111,7 +111,7 @@ class FinetuneConfig(RunConfig):
     )
     loss_on_prompt: bool = option(False, "learn the prompts, too", fixed=True)
     max_new_tokens: int | None = option(None, "the longest answer that is sampled")
-    # dpo, reward, ppo
+    # dpo, ppo
     beta: float | None = option(None, "how much it costs to leave the reference", fixed=True)
     reward_model: str = option("out/reward", "for ppo: what --task=reward has made")
     max_kl: float = option(10.0, "ppo stops at this mean KL from its start, nats an answer")
@@ -123,7 +123,11 @@ class FinetuneConfig(RunConfig):
         if self.test is not None and "test" not in task.fractions:
             raise ValueError("--test is for --task=classify; the others have --val")
         if self.train == "head" and not task.has_head:
-            raise ValueError("--train=head: this task has no head of its own; there is last_block")
+            raise ValueError("--train=head is for classify and reward; there is --train=last_block")
+        if self.task == "ppo" and (self.epochs is not None or self.gradient_accumulation_steps > 1):
+            raise ValueError("--task=ppo goes by --max_iters: no epochs, no accumulation of steps")
+        if self.epochs == 0 or self.lora_dropout >= 1:
+            raise ValueError("--epochs must be above 0, and --lora_dropout below 1")
         for name, value in {"out_dir": f"out/{self.task}", **task.defaults}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -227,59 +231,66 @@ def read_table(path, columns):
         yield where, dict(zip(names, row))
 
 
-def text_of(row, names, where):
+def text_of(row, where, *names):
     """The text in the first of these columns that the row has, cleaned."""
-    name = next((name for name in names if name in row), None)
-    if name is None:
-        raise ValueError(f"{where}: no column {' or '.join(names)} (found: {', '.join(row)})")
-    if isinstance(row[name], (str, int, float)):
-        return clean(str(row[name]))
-    raise ValueError(f"{where}: {name} is not text")
+    for name in names:
+        if name in row:
+            if not isinstance(row[name], (str, int, float)):
+                raise ValueError(f"{where}: {name} is not text")
+            return clean(str(row[name]))
+    raise ValueError(f"{where}: no column {' or '.join(names)} (found: {', '.join(row)})")
 
 
 def messages_of(row, where):
     """A conversation [{"role", "content"}] from "messages", or from "instruction" and "input"."""
     if "messages" not in row:
-        text = text_of(row, ["instruction", "prompt"], where)
-        context = text_of(row, ["input"], where) if row.get("input") else ""
-        text += f"\n\n### Input:\n{context}" if context else ""
-        messages = [{"role": "user", "content": text}]
-        return messages + (
-            [{"role": "assistant", "content": text_of(row, ["output"], where)}]
-            if "output" in row
-            else []
-        )
-    messages, found = row["messages"], []
-    for message in messages if isinstance(messages, list) and messages else [None]:
-        match message:
-            case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
-                found.append({"role": role, "content": clean(content)})
-            case _:
-                raise ValueError(
-                    f"{where}: messages need a role (system, user, assistant) and a content"
-                )
-    return found
+        text = text_of(row, where, "instruction", "prompt")
+        if context := text_of(row, where, "input") if row.get("input") else "":
+            text += f"\n\n### Input:\n{context}"
+        prompt = [{"role": "user", "content": text}]
+        return answered(prompt, text_of(row, where, "output")) if "output" in row else prompt
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
+        raise ValueError(f"{where}: messages need a role (system, user, assistant) and a content")
+    return [{"role": m["role"], "content": clean(m["content"])} for m in messages]
+
+
+def is_message(item):
+    match item:
+        case {"role": "system" | "user" | "assistant", "content": str()}:
+            return True
+    return False
+
+
+def answered(messages, text):
+    """The conversation with this as the assistant's next message."""
+    return [*messages, {"role": "assistant", "content": text}]
 
 
 def prompt_of(row, where):
-    """The example of a row whose answers come from elsewhere: "messages" up to where they begin."""
+    """A row's conversation without the answers at its end, as an example."""
     messages = messages_of({name: row[name] for name in row if name != "output"}, where)
     while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages:
+        messages.pop()
+    return {"messages": messages, "position": position_of(row, messages, where)}
+
+
+def position_of(row, prompt, where):
+    """From 0 to 1, the same for all rows of a "group" or, where there is none, of a prompt."""
+    if not any(message["content"] for message in prompt):
         raise ValueError(f"{where}: there is no prompt")
-    return {"messages": messages, "position": position_of(row, messages)}
+    return position(group_of(row, "\n".join(message["content"] for message in prompt)))
 
 
-def position_of(row, prompt):
-    """From 0 to 1: the same for all rows of a group, or else of a prompt."""
-    return position(str(row.get("group") or "\n".join(m["content"] for m in prompt)))
+def group_of(row, default):
+    group = row.get("group")
+    return default if group in (None, "") else str(group)
 
 
 def split_examples(files, fractions):
-    """Examples by split. A split without a file of its own gets this fraction of train, the
-    examples with the lowest "position", from 0 to 1."""
-    splits, start = {"train": files["train"], "val": [], "test": [], **files}, 0.0
+    """{split: examples}. A split that has no file is taken from train: first val, then test get
+    their fractions, by the examples' "position" from 0 to 1; the rest stays."""
+    splits, start = {"train": [], "val": [], "test": [], **files}, 0.0
     for name, fraction in fractions.items():
         if name not in files:
             end = start + fraction
@@ -295,8 +306,8 @@ def split_examples(files, fractions):
 def to_row(parts, block_size, loss_on_prompt=False):
     """[(tokens, is_answer), ...] -> idx, targets: lists of one length, at most block_size.
 
-    Targets are the answers' tokens; the others are -100. Where all is too long, the beginning goes,
-    up to the last answer, and only then the end of that answer.
+    Only tokens of answers are targets; elsewhere stands -100. What is too long is cut: first tokens
+    before the last answer, from the oldest on; if the answer alone is still too long, its end.
     """
     tokens = [token for part, _ in parts for token in part]
     learned = [is_answer or loss_on_prompt for part, is_answer in parts for _ in part]
@@ -308,15 +319,21 @@ def to_row(parts, block_size, loss_on_prompt=False):
 
 
 def pad(rows, fill):
-    """Lists of numbers -> (B, T), filled up at the end, which causal attention never sees."""
+    """Lists of numbers -> (B, T). The fill comes after them, where causal attention ignores it."""
     length = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+
+def pad_and_last(rows, fill):
+    """Lists of tokens -> idx (B, T), and where the last token of each is, (B,)."""
+    return pad(rows, fill), torch.tensor([len(row) - 1 for row in rows])
 
 
 class Shuffled:
-    """An endless, reproducible sequence of batches of examples, those in a batch of like length.
+    """An endless, reproducible sequence of batches, each of examples of about the same length.
 
-    Every epoch shuffles anew. The n-th batch depends on seed and n alone, as in train.Windows.
+    Every epoch shuffles the examples, sorts each 32 batches of them by length, and shuffles the
+    batches. The n-th batch depends on seed and n alone, as in train.Windows.
     """
 
     def __init__(self, lengths, batch_size, seed):
@@ -356,11 +373,18 @@ class Task:
     defaults            of the config
     parse(row, where)   a row of a file -> an example, whose "position" decides on its split
     encode(example)     -> lists of numbers, of which the first is idx
-    collate(encoded)    a batch of these -> tensors, of which the last has the targets
+    collate(encoded)    a list of these -> what model takes; the last tensor has a place for each
+                        term of the mean loss, and -100 where there is none
     report(folder)      prints, and writes where there is a folder, what the model does at the end
     """
 
-    columns, bits_per_byte, header, has_head = ("val_loss",), None, (), False
+    columns = ("val_loss",)  # what evaluate measures, for metrics.csv
+    bits_per_byte = None
+    header = ()  # the columns of a .tsv file without a header line
+    trainer = Trainer
+    has_head = False  # best.pt has a head, without which it can neither predict nor be measured
+    file = "instruct.jsonl"  # the examples, where --data is not given
+    fractions: ClassVar = {"val": 0.1}  # of the examples, where no files are given
     defaults: ClassVar = {
         "batch_size": 8,
         "dropout": 0.0,
@@ -368,8 +392,6 @@ class Task:
         "epochs": 3.0,
         "log_interval": 50,
     }
-    fractions: ClassVar = {"val": 0.1}  # of the examples, where no files are given
-    file = "instruct.jsonl"  # in the default data folder
 
     def __init__(self, config, machine, checkpoint, path):
         self.config, self.machine = config, machine
@@ -385,18 +407,22 @@ class Task:
         self.has_new_positions = self.block_size > self.gpt.config.block_size
         if self.block_size != self.gpt.config.block_size:
             self.gpt.resize_positions(self.block_size)
-        self.template = config.template or checkpoint.get("template")
-        self.template = self.template or default_template(self.tokenizer)
-        self.cut = 0  # texts longer than block_size
-        self.labels = checkpoint.get("labels")  # of a classifier
-        is_ready = config.predict is not None or config.eval_only
-        if self.has_head and is_ready and checkpoint.get("task") != config.task:
+        default = checkpoint.get("template") or default_template(self.tokenizer)
+        self.template = config.template or default
+        if self.template == "roles" and default_template(self.tokenizer) != "roles":
+            raise ValueError("--template=roles: the model's vocabulary has no tokens for roles")
+        self.cut = 0  # texts that were too long
+        needs_head = self.has_head and (config.eval_only or config.predict is not None)
+        if needs_head and checkpoint.get("task") != config.task:
             raise ValueError(f"{path}: has no head for this; --task={config.task} trains one")
         if config.predict is None:
             self.load()
         self.model = self.make_model()
-        if self.has_head and is_ready:
-            self.model.head.load_state_dict(checkpoint["head"])
+        if needs_head:
+            try:
+                self.model.head.load_state_dict(checkpoint["head"])
+            except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: damaged head ({error!r:.90})") from error
 
     def make_model(self):
         """What is trained: a module that makes the loss of a batch."""
@@ -404,34 +430,34 @@ class Task:
 
     def load(self):
         """Reads the examples and makes numbers of them."""
-        config = self.config
+        config, source = self.config, self.config.data or f"data/{self.file}"
         if config.data is None:
             load_data("data")
-            if not pathlib.Path("data", self.file).exists():
+            if not pathlib.Path(source).exists():
                 raise ValueError("data/ is of your own text: give the examples, --data=FILE")
-        files = {
-            "train": config.data or f"data/{self.file}",
-            "val": config.val,
-            "test": config.test,
-        }
+        paths = {"train": source, "val": config.val, "test": config.test}
         files = {
             split: [self.parse(row, where) for where, row in read_rows(path, self.header)]
-            for split, path in files.items()
+            for split, path in paths.items()
             if path
         }
         self.examples = self.split(files)
-        self.encoded = {
-            split: list(map(self.encode, some)) for split, some in self.examples.items()
-        }
+        self.encoded = {split: list(map(self.encode, e)) for split, e in self.examples.items()}
+        self.filled = [split for split, examples in self.examples.items() if examples]
         counts = {split: len(some) for split, some in self.examples.items()}
         if not counts["val"] or not (counts["train"] or config.eval_only):
             raise ValueError(f"{config.data or self.file}: too few examples {counts}")
-        print(f"examples: {counts}; {self.cut} of them were cut to {self.block_size} tokens")
-        # stands for the examples: a resumed run must have the same
+        print(f"examples: {counts}; texts that were too long, and cut: {self.cut}")
+        # by which a resumed run knows that its examples are the same
         self.digest = hashlib.sha256(repr(self.encoded).encode()).hexdigest()
 
     def split(self, files):
         return split_examples(files, self.fractions)
+
+    def collate(self, encoded):
+        """[(idx, targets)] -> (B, T), (B, T)."""
+        rows, targets = zip(*encoded)
+        return pad(rows, self.end), pad(targets, -100)
 
     def prepare(self):
         """Decides what is trained, in which batches, and in how many steps."""
@@ -441,13 +467,16 @@ class Task:
         freeze(gpt, config.train)
         if self.has_new_positions:
             gpt.transformer.wpe.requires_grad_(True)
-        lengths = [len(lists[0]) for lists in self.encoded["train"]]
+        lengths = [
+            max(len(item) for item in lists if isinstance(item, list))
+            for lists in self.encoded["train"]
+        ]
         self.shuffled = Shuffled(lengths, config.batch_size, config.seed)
         per_epoch = math.ceil(self.shuffled.per_epoch / config.gradient_accumulation_steps)
         config.eval_interval = config.eval_interval or per_epoch
         config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        trained = sum(parameter.numel() for parameter in self.trained().values())
+        total = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.trained().values())
         print(
             f"training {trained:,} of {total:,} parameters ({trained / total:.1%}), padding is "
             f"{self.shuffled.padding():.1%} of a batch, on {self.machine}"
@@ -476,16 +505,11 @@ class Task:
         """What gpt says to each of the prompts, in tokens, with the end token where it ended."""
         by_length, answers = collections.defaultdict(list), {}
         for i, prompt in enumerate(prompts):
-            by_length[len(prompt)].append(i)
+            by_length[len(prompt)].append(i)  # one length, one batch: no padding before the answer
         for same in by_length.values():
             (idx,) = self.machine.put(torch.tensor([prompts[i] for i in same]))
-            steps = gpt.eval().generate(
-                idx,
-                self.config.max_new_tokens,
-                temperature,
-                stop_token=self.end,
-                generator=generator,
-            )
+            how = {"stop_token": self.end, "generator": generator}
+            steps = gpt.eval().generate(idx, self.config.max_new_tokens, temperature, **how)
             for i, tokens in zip(same, torch.stack(list(steps), dim=1).tolist()):
                 stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
                 answers[i] = tokens[:stop]
@@ -510,22 +534,26 @@ class Task:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def best(self):
-        whole = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
-        head = {"head": self.model.head.state_dict()} if self.has_head else {}
-        how = {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
-        return {**whole, **head, **how}
+        return {
+            "config": asdict(self.gpt.config),
+            "model": merged_weights(self.gpt),
+            **({"head": self.model.head.state_dict()} if self.has_head else {}),
+            "task": self.config.task,
+            "template": self.template,
+            "tokenizer": self.spec,
+        }
 
     def last(self):
-        weights = {name: parameter.detach() for name, parameter in self.trained().items()}
+        weights = {name: p.detach() for name, p in self.trained().items()}
         config = asdict(self.gpt.config)
         return {"config": config, "model": weights, "base": self.base, "data_digest": self.digest}
 
     def resume(self, saved, path):
         """Takes the weights of an interrupted run."""
         if saved.get("data_digest") != self.digest:
-            raise ValueError(f"{path}: the examples are not those of that run")
-        shapes = {name: parameter.shape for name, parameter in self.trained().items()}
-        if {name: tensor.shape for name, tensor in saved["model"].items()} != shapes:
+            raise ValueError(f"{path}: the examples, or ppo's reward, are not those of that run")
+        shapes = {name: p.shape for name, p in self.trained().items()}
+        if {name: w.shape for name, w in saved["model"].items()} != shapes:
             raise ValueError(f"{path}: damaged, its weights are not those that the run trains")
         self.model.load_state_dict(saved["model"], strict=False)
 
@@ -556,13 +584,13 @@ class WithHead(nn.Module):
         super().__init__()
         self.gpt, self.head = gpt, nn.Linear(gpt.config.n_embd, outputs)
 
-    def scores(self, idx, last):
-        """idx (B, T) and where each text's last token is, (B,) -> (B, outputs)."""
-        return self.read(self.gpt.hidden(idx), last)
-
     def read(self, x, last):
-        """The same, of the hidden states x (B, T, n_embd)."""
+        """Hidden states x (B, T, n_embd), and where each text ends, (B,) -> (B, outputs)."""
         return self.head(x[torch.arange(len(x), device=x.device), last])
+
+    def scores(self, idx, last):
+        """The same, of tokens idx (B, T)."""
+        return self.read(self.gpt.hidden(idx), last)
 
 
 def token_log_probs(gpt, idx, targets):
@@ -598,45 +626,47 @@ class Classifier(WithHead):
 class Classify(Task):
     """Texts to labels. Its best.pt has the "labels" and their "head", too."""
 
-    defaults: ClassVar = {**Task.defaults, "epochs": 5.0}
+    defaults: ClassVar = Task.defaults | {"epochs": 5.0}
     columns, has_head = ("val_loss", "val_accuracy"), True
     fractions: ClassVar = {"val": 0.1, "test": 0.2}
     file = "classify.jsonl"
 
-    @property
-    def header(self):
-        return (self.config.label_field, self.config.text_field)
+    def __init__(self, config, machine, checkpoint, path):
+        self.labels = checkpoint.get("labels")
+        self.header = (config.label_field, config.text_field)
+        if config.eval_only and self.labels:  # on the same split as in training
+            how = {
+                name: checkpoint.get(name, getattr(config, name)) for name in ("seed", "balance")
+            }
+            config = replace(config, **how)
+        super().__init__(config, machine, checkpoint, path)
 
     def make_model(self):
         return Classifier(self.gpt, len(self.labels), self.config.lm_weight)
 
     def parse(self, row, where):
-        text = text_of(row, [self.config.text_field], where)
-        label = text_of(row, [self.config.label_field], where)
+        text = text_of(row, where, self.config.text_field)
+        label = text_of(row, where, self.config.label_field)
         if not text or not label:
             raise ValueError(f"{where}: the {'label' if text else 'text'} is empty")
-        return {
-            "text": text,
-            "label": label,
-            "group": str(row.get("group") or text),
-            "where": where,
-        }
+        return {"text": text, "label": label, "group": group_of(row, text), "where": where}
 
     def split(self, files):
-        """Drops doubles, and divides each label's examples in the same proportions."""
+        """Drops duplicates, and divides each label's examples in the same proportions."""
         config, count = self.config, sum(map(len, files.values()))
-        files = drop_doubles(files)
+        files = drop_duplicates(files)
         print(f"dropped {count - sum(map(len, files.values())):,} examples of a text seen before")
         by_label = collections.defaultdict(list)
         for example in files["train"]:
             by_label[example["label"]].append(example)
         fewest, positions = min(map(len, by_label.values()), default=0), {}
-        for label, examples in by_label.items():
+        for examples in by_label.values():
             examples.sort(key=lambda e: position(f"{config.seed} {e['text']}"))
-            by_label[label] = examples[: fewest if config.balance else None]
-            set_positions(by_label[label], config.seed, positions)
+            if config.balance:
+                del examples[fewest:]
+            set_positions(examples, config.seed, positions)
         splits = split_examples({**files, "train": list(chain(*by_label.values()))}, self.fractions)
-        if self.labels is None or not config.eval_only:
+        if not config.eval_only:  # else they are the checkpoint's
             self.labels = sorted({example["label"] for example in splits["train"]})
         for example in chain(*splits.values()):
             if example["label"] not in self.labels:
@@ -653,36 +683,38 @@ class Classify(Task):
     def collate(self, encoded):
         """[(tokens, label)] -> idx (B, T), where the last token is (B,), labels (B,)."""
         rows, labels = zip(*encoded)
-        return pad(rows, self.end), torch.tensor([len(r) - 1 for r in rows]), torch.tensor(labels)
+        return *pad_and_last(rows, self.end), torch.tensor(labels)
 
     def log_probs(self, split):
         """Of each label, for a split's examples in order: (N, classes)."""
-        return self.outputs(split, lambda idx, last, _: self.model.scores(idx, last)).log_softmax(
-            -1
-        )
+        scores = self.outputs(split, lambda idx, last, labels: self.model.scores(idx, last))
+        return scores.log_softmax(-1)
+
+    def labels_of(self, split):
+        return torch.tensor([label for _, label in self.encoded[split]])
 
     def evaluate(self):
-        log_probs = self.log_probs("val")
-        labels = torch.tensor([example[-1] for example in self.encoded["val"]])
+        log_probs, labels = self.log_probs("val"), self.labels_of("val")
         accuracy = (log_probs.argmax(-1) == labels).float().mean().item()
         return {"val_loss": F.nll_loss(log_probs, labels).item(), "val_accuracy": accuracy}
 
     def best(self):
-        return {**super().best(), "labels": self.labels}
+        config = self.config
+        how = {"labels": self.labels, "seed": config.seed, "balance": config.balance}
+        return {**super().best(), **how}
 
     def report(self, folder):
         """Prints accuracy, macro F1 and confusion of each split; writes predictions.csv of the
         last, which is the test where there is one."""
         width = max(map(len, self.labels))
-        for split in filter(self.encoded.get, self.encoded):
-            log_probs, labels = self.log_probs(split), [e[-1] for e in self.encoded[split]]
-            confusion = confusion_matrix(
-                log_probs.argmax(-1), torch.tensor(labels), len(self.labels)
-            )
+        for split in self.filled:
+            log_probs, labels, n = self.log_probs(split), self.labels_of(split), len(self.labels)
+            cells = labels * n + log_probs.argmax(-1)
+            confusion = torch.bincount(cells, minlength=n * n).view(n, n)
             right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
             print(
                 f"\n{split:5}  accuracy {right.sum() / len(labels):.4f}  "
-                f"macro F1 {(2 * right / sums.clamp(min=1)).mean():.4f}  "
+                f"macro F1 {(2 * right / sums)[sums > 0].mean():.4f}  "
                 "(rows: labels, columns: predictions)"
             )
             for label, row in zip(self.labels, confusion.tolist()):
@@ -707,7 +739,7 @@ class Classify(Task):
         print(f"{self.labels[i]}  {probability:.4f}")
 
 
-def drop_doubles(files):
+def drop_duplicates(files):
     """Of examples with the same text the first stays; what is tested is not trained."""
     seen, kept = set(), {}
     for split in [name for name in ("test", "val", "train") if name in files]:
@@ -730,11 +762,6 @@ def set_positions(examples, seed, positions):
         for example in groups[group]:
             example["position"] = positions.setdefault(group, middle)
         before += len(groups[group])
-
-
-def confusion_matrix(predicted, labels, n):
-    """(n, n): how many examples of each label, by row, were predicted to have which, by column."""
-    return torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
 
 
 def draw_confusion(confusion, labels, path):
@@ -764,8 +791,7 @@ def draw_confusion(confusion, labels, path):
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the answers' tokens alone."""
 
-    defaults: ClassVar = {
-        **Task.defaults,
+    defaults: ClassVar = Task.defaults | {
         "learning_rate": 5e-4,
         "epochs": 2.0,
         "max_new_tokens": 128,
@@ -774,41 +800,32 @@ class Instruct(Task):
 
     def parse(self, row, where):
         messages = messages_of(row, where)
-        if not any(m["role"] == "assistant" and clean(m["content"]) for m in messages):
+        if not any(m["role"] == "assistant" and m["content"] for m in messages):
             raise ValueError(f"{where}: there is no answer to learn")
         while messages[-1]["role"] != "assistant":  # nothing is learned from what comes after
-            messages = messages[:-1]
-        if not any(m["content"] for m in messages[:-1]):
-            raise ValueError(f"{where}: there is no prompt")
-        return {"messages": messages, "position": position_of(row, messages[:-1])}
+            messages.pop()
+        return {"messages": messages, "position": position_of(row, messages[:-1], where)}
 
     def encode(self, example):
         return self.row(example["messages"], self.config.loss_on_prompt)
 
-    def collate(self, encoded):
-        """[(idx, targets)] -> (B, T), (B, T)."""
-        rows, targets = zip(*encoded)
-        return pad(rows, self.end), pad(targets, -100)
-
     def evaluate(self):
-        loss = mean_loss(self.model, self.machine, self.batches("val"))
-        return {"val_loss": loss, "val_perplexity": math.exp(loss)}
+        metrics = super().evaluate()
+        return {**metrics, "val_perplexity": math.exp(metrics["val_loss"])}
 
     def report(self, folder):
         """Lets the model answer held-out prompts; writes responses.jsonl."""
         print(*(f"{name} {value:.4f}" for name, value in self.evaluate().items()), sep="  ")
         conversations = [example["messages"] for example in self.examples["val"][:MEASURED]]
-        prompts = [
-            chat_prompt(messages[:-1], self.tokenizer, self.template) for messages in conversations
+        prompts = [chat_prompt(asked, self.tokenizer, self.template) for *asked, _ in conversations]
+        answers, ended = zip(*map(self.text, self.answers(self.gpt, prompts, temperature=0)))
+        lines = [
+            {"messages": asked, "answer": answer, "expected": expected["content"]}
+            for (*asked, expected), answer in zip(conversations, answers)
         ]
-        answers = map(self.text, self.answers(self.gpt, prompts, temperature=0))
-        lines, stopped = [], 0
-        for (*asked, expected), (answer, ended) in zip(conversations, answers):
-            lines.append({"messages": asked, "answer": answer, "expected": expected["content"]})
-            stopped += ended
         for line in lines[:3]:
             print(f"\n{line['messages'][-1]['content']}\n-> {line['answer']}")
-        print(f"\n{stopped / len(lines):.1%} of {len(lines)} answers stop by themselves")
+        print(f"\n{sum(ended) / len(lines):.1%} of {len(lines)} answers stop by themselves")
         write_lines(folder, "responses.jsonl", lines)
 
 
@@ -820,10 +837,10 @@ class Choice(Task):
 
     def parse(self, row, where):
         match row:
-            case {"ctx": str(text), "endings": [_, _, *_] as endings, "label": label} if all(
-                isinstance(ending, str) and ending for ending in endings
-            ) and str(label) in map(str, range(len(endings))):
-                return {"text": text, "endings": endings, "label": int(label)}
+            case {"ctx": str(text), "endings": [_, _, *_] as endings, "label": label}:
+                labels = [str(i) for i in range(len(endings))]
+                if all(e and isinstance(e, str) for e in endings) and str(label) in labels:
+                    return {"text": text, "endings": endings, "label": int(label)}
         raise ValueError(f"{where}: give ctx, endings (two texts at least) and label (0, 1, ...)")
 
     def split(self, files):
@@ -842,8 +859,7 @@ class Choice(Task):
         (much like acc and acc_norm of the Language Model Evaluation Harness)."""
         by_sum = by_byte = 0
         for example, encoded in zip(self.examples["val"], self.encoded["val"]):
-            rows, targets = zip(*encoded)
-            idx, targets = self.machine.put(pad(rows, self.end), pad(targets, -100))
+            idx, targets = self.machine.put(*self.collate(encoded))
             sums = token_log_probs(self.gpt.eval(), idx, targets).sum(1).cpu()
             lengths = torch.tensor([len(e.strip().encode()) + 1 for e in example["endings"]])
             by_sum += int(sums.argmax()) == example["label"]
@@ -866,7 +882,7 @@ class Preferences(Task):
     file = "preference.jsonl"
 
     def parse(self, row, where):
-        pair = {name: text_of(row, [name], where) for name in ("chosen", "rejected")}
+        pair = {name: text_of(row, where, name) for name in ("chosen", "rejected")}
         for name, text in pair.items():
             if not text:
                 raise ValueError(f"{where}: {name} is empty")
@@ -883,8 +899,7 @@ class Preferences(Task):
 
     def conversations(self, example):
         """The one that ends with the chosen answer, and that with the rejected one."""
-        for name in ("chosen", "rejected"):
-            yield [*example["messages"], {"role": "assistant", "content": example[name]}]
+        return [answered(example["messages"], example[name]) for name in ("chosen", "rejected")]
 
     def means(self, split):
         return {name: values.mean().item() for name, values in self.measure(split).items()}
@@ -893,7 +908,7 @@ class Preferences(Task):
         return {f"val_{name}": mean for name, mean in self.means("val").items()}
 
     def report(self, folder):
-        for split in filter(self.encoded.get, ("train", "val")):
+        for split in self.filled:
             print(f"{split:5}", *(f"{k} {v:.4f}" for k, v in self.means(split).items()), sep="  ")
 
 
@@ -921,45 +936,46 @@ class DPO(Preferences):
     """Makes the chosen answers likelier than the rejected, without going far from the reference,
     which is the model at the start."""
 
-    defaults: ClassVar = {**Task.defaults, "learning_rate": 1e-4, "beta": 0.1}
+    defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4, "beta": 0.1}
     columns = ("val_loss", "val_accuracy", "val_margin", "val_chosen", "val_rejected")
 
     def make_model(self):
         return DPOModel(self.gpt, self.config.beta)
 
     def encode(self, example):
-        """idx and targets of the chosen answer, then of the rejected one; and the reference's log p
-        of both, which prepare fills in. (Where it does not, as for --eval_only, the margin is that
-        of plain log-probabilities.)"""
+        """idx and targets of the chosen answer, then of the rejected one, and the reference's log p
+        of both: 0 until prepare fills them in, and so with --eval_only, whose margins are the
+        model's own."""
         chosen, rejected = map(self.row, self.conversations(example))
         return [*chosen, *rejected, 0.0, 0.0]
 
     def collate(self, encoded):
         """-> idx (2P, T), targets (2P, T), reference (2P,): all chosen, then all rejected."""
-        idx, targets, rejected_idx, rejected_targets, chosen, rejected = zip(*encoded)
-        rows = pad(idx + rejected_idx, self.end), pad(targets + rejected_targets, -100)
-        return *rows, torch.tensor(chosen + rejected)
+        rows = [lists[:2] for lists in encoded] + [lists[2:4] for lists in encoded]
+        reference = torch.tensor([lists[4:] for lists in encoded]).T.flatten()
+        return *super().collate(rows), reference
 
     def prepare(self):
         super().prepare()
-        for split in filter(self.encoded.get, self.encoded):
+        for split in self.filled:
             for lists, reference in zip(self.encoded[split], self.log_probs(split).tolist()):
                 lists[4:] = reference
 
     def log_probs(self, split):
         """Log-probabilities of a split's answers, chosen and rejected: (N, 2)."""
-        return self.outputs(
-            split,
-            lambda idx, targets, _: token_log_probs(self.gpt, idx, targets).sum(1).view(2, -1).T,
-        )
+
+        def of_batch(idx, targets, reference):
+            return token_log_probs(self.gpt, idx, targets).sum(1).view(2, -1).T
+
+        return self.outputs(split, of_batch)
 
     def measure(self, split):
         chosen, rejected = self.log_probs(split).T
         reference = torch.tensor([lists[4:] for lists in self.encoded[split]]).T
         losses, margins = dpo_loss(chosen, rejected, *reference, self.config.beta)
         right = (margins > 0).float()
-        names = ("loss", "accuracy", "margin", "chosen", "rejected")
-        return dict(zip(names, (losses, right, margins, chosen, rejected)))
+        answers = {"chosen": chosen, "rejected": rejected}
+        return {"loss": losses, "accuracy": right, "margin": margins, **answers}
 
 
 class RewardModel(WithHead):
@@ -980,7 +996,7 @@ class RewardModel(WithHead):
 class Reward(Preferences):
     """Scores answers, the better the higher; the mean of those in training is 0."""
 
-    defaults: ClassVar = {**Task.defaults, "dropout": 0.2}
+    defaults: ClassVar = Task.defaults | {"dropout": 0.2}
     columns, has_head = ("val_loss", "val_accuracy", "val_chosen", "val_rejected"), True
 
     def make_model(self):
@@ -992,22 +1008,20 @@ class Reward(Preferences):
 
     def tokens(self, messages):
         parts = chat_parts(messages, self.tokenizer, self.template)
+        self.cut += sum(len(part) for part, _ in parts) > self.block_size
         idx, targets = to_row(parts, self.block_size - 1)
         return [*idx, targets[-1]]  # with the end token, where the head reads
 
     def collate(self, encoded):
         """-> idx (2P, T), where the last token is (2P,): all that are chosen, then the others."""
         chosen, rejected = zip(*encoded)
-        return self.with_last(chosen + rejected)
-
-    def with_last(self, rows):
-        return pad(rows, self.end), torch.tensor([len(row) - 1 for row in rows])
+        return pad_and_last(chosen + rejected, self.end)
 
     @torch.no_grad()
     def score(self, conversations):
         """Lists of messages -> their scores, (N,)."""
-        tensors = self.machine.put(*self.with_last(list(map(self.tokens, conversations))))
-        return self.model.eval().scores(*tensors)[:, 0].float().cpu()
+        tensors = pad_and_last(list(map(self.tokens, conversations)), self.end)
+        return self.model.eval().scores(*self.machine.put(*tensors))[:, 0].float().cpu()
 
     def pair_scores(self, split):
         """Scores of a split's answers, chosen and rejected: (N, 2)."""
@@ -1024,15 +1038,20 @@ class Reward(Preferences):
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation in JSON, as a line of a file is."""
-        messages = [{"role": "assistant", "content": text}]
+        messages = answered([], clean(text))
         if text.startswith("{"):
             messages = messages_of(parse_json(text.encode(), "--predict"), "--predict")
-        if messages[-1]["role"] != "assistant" or not clean(messages[-1]["content"]):
+        if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
             raise ValueError("--predict: there is no answer to score")
         print(f"{self.score([messages]).item():+.4f}")
 
 
 # --- reinforcement learning -----------------------------------------------------------------------
+
+# Simpler than InstructGPT's (Ouyang et al. 2022): the value function is a head on the policy's
+# trunk, since a model of its own would cost as much again; there is no pretraining term (PPO-ptx),
+# since the KL penalty is enough at this size; the penalty's coefficient is fixed, so that a run can
+# be understood; and prompts come from a file, not from people.
 
 GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
 CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
@@ -1091,6 +1110,38 @@ class ActorCritic(WithHead):
         return tuple(empty.masked_scatter(mask, found) for found in (log_probs, entropy, values))
 
 
+class PPOTrainer(Trainer):
+    """The same loop, with an iteration of PPO for a step."""
+
+    def take_step(self):
+        config, state, task = self.config, self.state, self.task
+        start = time.perf_counter()
+        self.set_learning_rate()
+        seed_dropout(self.machine.device, config.seed, state["step"])
+        tensors, self.stats = task.experience(state["step"])
+        rng = np.random.default_rng([config.seed, state["step"]])
+        n, measured = len(tensors[0]), []
+        for _ in range(EPOCHS):
+            for part in np.array_split(rng.permutation(n), min(PARTS, n)):
+                with self.machine.autocast():
+                    loss, *more = task.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))
+                self.machine.scaler.scale(loss).backward()
+                self.update(loss.item())
+                measured.append([loss.item(), *more])
+        loss, *means = np.mean(measured, axis=0).tolist()
+        self.losses.append(loss)
+        self.stats |= dict(zip(("clipped", "value_loss"), means))
+        state["step"] += 1
+        state["tokens"] += int((tensors[1] != -100).sum())
+        state["seconds"] += time.perf_counter() - start
+
+    def reason_to_stop(self):
+        kl, max_kl = self.stats.get("kl", 0.0), self.config.max_kl
+        if kl > max_kl:
+            return f"the KL from the start is {kl:.1f} nats, --max_kl={max_kl}"
+        return super().reason_to_stop()
+
+
 class PPO(Task):
     """Makes answers likelier that score higher, without going far from the reference, which is the
     model at the start. A step of the trainer is an iteration: answers to a batch of prompts, then
@@ -1106,13 +1157,15 @@ class PPO(Task):
         "beta": 0.1,
         "max_new_tokens": 48,
     }
+    trainer = PPOTrainer
     stats = ("score", "kl", "entropy", "clipped", "value_loss", "length", "ended")
     columns = ("val_loss", "val_score", "val_kl", *stats)
     file = "preference.jsonl"
 
     def make_model(self):
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
-        self.score = load_reward(self.config.reward_model, self.machine)
+        self.score, digest = load_reward(self.config.reward_model, self.machine)
+        self.digest += digest  # a resumed run must have the same
         return ActorCritic(self.gpt)
 
     def parse(self, row, where):
@@ -1126,51 +1179,47 @@ class PPO(Task):
         self.cut += len(prompt) > limit
         return (prompt[-limit:],)
 
-    def respond(self, gpt, examples, encoded, seed):
-        """Samples an answer of gpt to each prompt: temperature 1 and all tokens, so that gpt is the
-        distribution they come from. Returns idx, targets (B, T), scores (B,), ended (B,), texts."""
-        prompts = [prompt for (prompt,) in encoded]
+    def respond(self, gpt, split, numbers, seed):
+        """Samples an answer of gpt to each of these prompts: temperature 1 and all tokens, so that
+        gpt is the distribution they come from.
+
+        Returns idx, targets (B, T), scores (B,), where the answers ended by themselves (B,), texts.
+        """
+        prompts = [self.encoded[split][i][0] for i in numbers]
         generator = torch.Generator(self.machine.device).manual_seed(seed)
         answers = self.answers(gpt, prompts, generator=generator)
         texts, ended = zip(*map(self.text, answers))
-        conversations = [
-            [*example["messages"], {"role": "assistant", "content": text}]
-            for example, text in zip(examples, texts)
-        ]
+        asked = [self.examples[split][i]["messages"] for i in numbers]
         ended = torch.tensor(ended)
-        scores = self.score(conversations) + UNFINISHED * ~ended
+        scores = self.score(list(map(answered, asked, texts))) + UNFINISHED * ~ended
         rows = [to_row([(p, False), (a, True)], self.block_size) for p, a in zip(prompts, answers)]
-        idx, targets = zip(*rows)
-        return pad(idx, self.end), pad(targets, -100), scores, ended, texts
+        return *self.machine.put(*self.collate(rows), scores), ended, texts
 
     @torch.no_grad()
     def experience(self, iteration):
-        """Answers to an iteration's prompts, with all that the loss needs: (B, T) tensors."""
+        """Answers to an iteration's prompts: what loss takes, (B, T) each, and statistics."""
         numbers = self.shuffled.batch(iteration)
-        examples = [self.examples["train"][i] for i in numbers]
-        encoded = [self.encoded["train"][i] for i in numbers]
         seed = int(np.random.SeedSequence((self.config.seed, iteration)).generate_state(1)[0])
-        idx, targets, scores, ended, _ = self.respond(self.gpt, examples, encoded, seed)
-        idx, targets, scores = self.machine.put(idx, targets, scores)
-        answered = targets != -100
+        idx, targets, scores, ended, _ = self.respond(self.gpt, "train", numbers, seed)
+        mask = targets != -100
         self.model.eval()
-        log_probs, entropy, values = self.model(idx, targets)
-        # its sum over an answer estimates, in the mean over answers, the KL from the reference
-        drift = log_probs - token_log_probs(self.reference, idx, targets)
-        rewards = -self.config.beta * drift
-        last = answered.size(1) - 1 - answered.int().flip(1).argmax(1)  # where each answer ends
-        rewards[torch.arange(len(idx)), last] += scores
-        advantages = advantages_of(rewards, values, answered)
+        with self.machine.autocast():
+            log_probs, entropy, values = self.model(idx, targets)
+            reference = token_log_probs(self.reference, idx, targets)
         self.model.train()
+        drift = log_probs - reference  # its sum over an answer is, in the mean, the KL
+        rewards = -self.config.beta * drift
+        last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # where each answer ends
+        rewards[torch.arange(len(idx)), last] += scores
+        advantages = advantages_of(rewards, values, mask)
         stats = {
             "score": scores.mean().item(),
             "kl": drift.sum(1).mean().item(),
-            "entropy": entropy[answered].mean().item(),
-            "length": answered.sum(1).float().mean().item(),
+            "entropy": entropy[mask].mean().item(),
+            "length": mask.sum(1).float().mean().item(),
             "ended": ended.float().mean().item(),
         }
-        returns = advantages + values
-        return (idx, targets, log_probs, whiten(advantages, answered), returns), stats
+        return (idx, targets, log_probs, whiten(advantages, mask), advantages + values), stats
 
     def loss(self, idx, targets, old_log_probs, advantages, returns):
         """-> loss, clipped share, value loss."""
@@ -1183,10 +1232,11 @@ class PPO(Task):
     @torch.no_grad()
     def held_out(self, gpt):
         """What gpt answers to held-out prompts: scores, their KL from the reference, texts."""
-        examples, encoded = (some["val"][:MEASURED] for some in (self.examples, self.encoded))
-        idx, targets, scores, _, texts = self.respond(gpt, examples, encoded, seed=0)
-        idx, targets = self.machine.put(idx, targets)
-        drift = token_log_probs(gpt, idx, targets) - token_log_probs(self.reference, idx, targets)
+        numbers = range(len(self.encoded["val"]))[:MEASURED]
+        idx, targets, scores, _, texts = self.respond(gpt, "val", numbers, seed=0)
+        with self.machine.autocast():
+            drift = token_log_probs(gpt, idx, targets)
+            drift -= token_log_probs(self.reference, idx, targets)
         self.model.train()
         return scores, drift.sum(1).mean().item(), texts
 
@@ -1213,79 +1263,60 @@ class PPO(Task):
 
 
 def load_reward(path, machine):
-    """A checkpoint of --task=reward -> the function from conversations to scores."""
+    """A checkpoint of --task=reward -> the function from conversations to scores, and a digest."""
     checkpoint = load_checkpoint(path)
     reward = Reward(FinetuneConfig(task="reward", predict=""), machine, checkpoint, path)
     reward.model.to(machine.device)
-    return reward.score
-
-
-class PPOTrainer(Trainer):
-    """The same loop, with an iteration of PPO for a step."""
-
-    def take_step(self):
-        config, state, task = self.config, self.state, self.task
-        start = time.perf_counter()
-        self.set_learning_rate()
-        seed_dropout(self.machine.device, config.seed, state["step"])
-        tensors, self.stats = task.experience(state["step"])
-        rng = np.random.default_rng([config.seed, state["step"]])
-        measured = []
-        for _ in range(EPOCHS):
-            n = len(tensors[0])
-            for part in np.array_split(rng.permutation(n), min(PARTS, n)):
-                with self.machine.autocast():
-                    loss, *more = task.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))
-                self.machine.scaler.scale(loss).backward()
-                self.update(loss.item())
-                measured.append([loss.item(), *more])
-        loss, *means = np.mean(measured, axis=0).tolist()
-        self.losses.append(loss)
-        self.stats |= dict(zip(("clipped", "value_loss"), means))
-        state["step"] += 1
-        state["tokens"] += int((tensors[1] != -100).sum())
-        state["seconds"] += time.perf_counter() - start
-
-    def reason_to_stop(self):
-        kl, max_kl = self.stats.get("kl", 0.0), self.config.max_kl
-        if kl > max_kl:
-            return f"the KL from the start is {kl:.1f} nats, --max_kl={max_kl}"
-        return super().reason_to_stop()
+    return reward.score, weights_digest(checkpoint)
 
 
 # --- the whole way --------------------------------------------------------------------------------
 
-TASKS = dict(zip(TASK_NAMES, (Classify, Instruct, Choice, DPO, Reward, PPO)))
-MEASURED = 100  # held-out prompts that are answered for a report
+TASKS = {"classify": Classify, "instruct": Instruct, "choice": Choice}
+TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO}
 
 
 def weights_digest(checkpoint):
-    """Stands for the weights of a model."""
+    """Stands for the weights of a model, and of its head."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(checkpoint["model"].items()):
+    for name, tensor in sorted({**checkpoint["model"], **checkpoint.get("head", {})}.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def resumed_run(flags, out_dir):
+def resumed_run(flags):
     """The config and the last.pt of a run that is to go on."""
-    saved = load_checkpoint(out_dir / "last.pt")
-    config = merge_flags(FinetuneConfig, saved, flags, out_dir / "last.pt")
+    task = flags.get("task", FinetuneConfig.task)
+    path = pathlib.Path(flags.get("out_dir", f"out/{task}"), "last.pt")
+    saved = load_checkpoint(path)
+    config = merge_flags(FinetuneConfig, saved, flags, path)
     if config.eval_only or config.predict is not None:
-        raise ValueError(f"--init_from=resume is for training; --init_from={out_dir} measures")
+        raise ValueError(f"--init_from=resume is for training; --init_from={path.parent} measures")
+    if not isinstance(saved.get("base"), dict) or "path" not in saved["base"]:
+        raise ValueError(f"{path}: not a run of finetune.py")
     return config, saved
+
+
+def check_out_dir(out_dir, models):
+    """Raises ValueError where one of the models that are needed would be moved aside."""
+    for model in models:
+        path = pathlib.Path(model).resolve()
+        if out_dir.resolve() in (path, *path.parents):
+            raise ValueError(f"--out_dir={out_dir}: holds a model that is needed; name another one")
 
 
 @script
 @explain_out_of_memory()
 def main(argv=None):
     flags = parse_flags(FinetuneConfig, __doc__, argv)
-    config, saved = FinetuneConfig(**flags), None
-    out_dir, path = pathlib.Path(config.out_dir), config.init_from
-    if path == "resume":
-        config, saved = resumed_run(flags, out_dir)
-        path = saved.get("base", {}).get("path", "its base")
+    if flags.get("init_from") == "resume":
+        config, saved = resumed_run(flags)
+        path = saved["base"]["path"]
+    else:
+        config, saved = FinetuneConfig(**flags), None
+        path = config.init_from
+    out_dir = pathlib.Path(config.out_dir)
     machine, start = Machine(config), load_checkpoint(path)
     if machine.world_size > 1:
         raise ValueError("finetune.py runs as one process: start it without torchrun")
@@ -1293,7 +1324,7 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     task = TASKS[config.task](config, machine, start, path)
     task.base = {"path": path, "digest": weights_digest(start)}
-    if saved and saved.get("base") != task.base:
+    if saved and saved["base"] != task.base:
         raise ValueError(f"{path}: not the model any more that {out_dir}/last.pt was begun with")
     task.model.to(machine.device)
     if config.predict is not None:
@@ -1302,13 +1333,12 @@ def main(argv=None):
     if config.eval_only:
         task.report(None)
         return
-    if out_dir.resolve() in (pathlib.Path(path), *pathlib.Path(path).parents):
-        raise ValueError(f"--out_dir={out_dir}: holds the model to begin with; name another one")
+    check_out_dir(out_dir, [path, config.reward_model] if config.task == "ppo" else [path])
     task.prepare()
     if saved:
         task.resume(saved, out_dir / "last.pt")
     task.model.train()
-    trainer = (PPOTrainer if config.task == "ppo" else Trainer)(config, machine, task, saved)
+    trainer = task.trainer(config, machine, task, saved)
     with sole_owner(out_dir):
         if not saved:
             set_aside(out_dir)

@@ -501,7 +501,7 @@ def load_checkpoint(path):
     if path.name in ("model.safetensors", "config.json"):
         return load_huggingface(path.parent)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; train.py writes one")
+        raise FileNotFoundError(f"{path}: no such checkpoint; train.py and finetune.py write them")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -1169,6 +1169,10 @@ def test_a_classifier_learns_and_answers(base, tmp_path, capsys):
     data = write_rows(tmp_path / "x.jsonl", labelled(200))
     flags = ["--task=classify", "--max_iters=300", "--lm_weight=0.1", "--learning_rate=3e-3"]
     run_finetune(base, tmp_path / "o", data, *flags, "--patience=20", "--eval_interval=20")
+    report = capsys.readouterr().out.partition("\ntrain  ")[2]
+    again = ["--task=classify", f"--init_from={tmp_path}/o", f"--data={data}", "--eval_only"]
+    finetune.main([*again, "--seed=5", "--device=cpu"])  # the split is that of the training
+    assert capsys.readouterr().out.partition("\ntrain  ")[2] == report
     with open(tmp_path / "o" / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 40
@@ -1198,7 +1202,7 @@ def test_splits_share_no_text_and_no_group(base, tmp_path):
     rows = [
         {"text": f"t{i % 270}", "group": i % 270 // 3, "label": "ab"[i % 2]} for i in range(300)
     ]
-    test = [{"text": f"t{i}", "group": f"x{i}", "label": "a"} for i in range(9)]
+    test = [{"text": f"t{261 + i}", "group": f"x{i}", "label": "a"} for i in range(9)]
     config = finetune.FinetuneConfig(
         task="classify",
         data=write_rows(tmp_path / "x.jsonl", rows).as_posix(),
@@ -1209,6 +1213,7 @@ def test_splits_share_no_text_and_no_group(base, tmp_path):
         splits = [{example[what] for example in some} for some in task.examples.values()]
         assert all(splits)
         assert sum(map(len, splits)) == len(set.union(*splits))
+    assert len(set.union(*splits)) == 87 + 9  # groups, 0 among them
     assert sum(map(len, task.examples.values())) == 270
 
 
@@ -1314,7 +1319,7 @@ def test_a_reward_model_scores_conversations_around_zero(base, tmp_path, capsys)
     data = write_rows(tmp_path / "x.jsonl", preferred(120))
     run_finetune(base, tmp_path / "o", data, "--task=reward", "--max_iters=60")
     machine = train.Machine(finetune.FinetuneConfig(device="cpu"))
-    score = finetune.load_reward(tmp_path / "o", machine)
+    score, _ = finetune.load_reward(tmp_path / "o", machine)
     scores = []
     for row in preferred(120):
         if prepare_data.position(row["instruction"]) >= 0.1:  # those it was trained on
@@ -1362,7 +1367,7 @@ def test_whitening_ignores_what_is_not_an_answer():
 
 
 def ppo_task(base, tmp_path, monkeypatch, reward, *flags):
-    monkeypatch.setattr(finetune, "load_reward", lambda path, machine: reward)
+    monkeypatch.setattr(finetune, "load_reward", lambda path, machine: (reward, ""))
     data = write_rows(tmp_path / "x.jsonl", asked(80))
     monkeypatch.setattr(finetune, "MEASURED", 8)
     return [
@@ -1483,7 +1488,7 @@ def test_impossible_fine_tuning_ends_in_one_line_that_says_why(base, tmp_path, c
         (["--task=swim"], "--task=swim: unknown; there are classify"),
         (["--train=some"], "--train=some: unknown"),
         (["--task=instruct", "--test=x.jsonl"], "--test is for --task=classify"),
-        (["--task=instruct", "--train=head"], "no head of its own"),
+        (["--task=instruct", "--train=head"], "--train=head is for classify and reward"),
         ([f"--val={other}"], "val.jsonl, line 1: training has no label 'bird'"),
         (["--predict=a"], "has no head for this; --task=classify trains one"),
         (["--task=instruct", "--predict=a"], "--predict is for --task=classify"),
@@ -1491,8 +1496,10 @@ def test_impossible_fine_tuning_ends_in_one_line_that_says_why(base, tmp_path, c
         (["--data=none.txt"], "give a .jsonl, .json, .csv or .tsv file"),
         (["--init_from=resume"], "no such checkpoint"),
         (["--task=choice"], "x.jsonl, line 1: give ctx"),
+        (["--task=ppo", "--epochs=2"], "--task=ppo goes by --max_iters"),
+        (["--epochs=0"], "--epochs must be above 0"),
         (["--batch_size=0"], "batch_size must be 1 or more"),
-        ([f"--out_dir={base}"], "holds the model to begin with"),
+        ([f"--out_dir={base}"], "holds a model that is needed"),
         (["--text_field=body"], "no column body (found: text, label)"),
         (["--lora_rank=0"], "lora_rank must be 1 or more"),
     ]:
