@@ -205,9 +205,11 @@ def read_rows(path, columns=()):
         raise ValueError(f"{path}: give a .jsonl, .json, .csv or .tsv file")
     rows = read_json(path) if "json" in path.suffix else read_table(path, columns)
     for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not an object with columns")  # noqa: TRY004
-        yield where, row
+        match row:
+            case dict():
+                yield where, row
+            case _:
+                raise ValueError(f"{where}: not an object with columns")
 
 
 def read_table(path, columns):
@@ -245,8 +247,8 @@ def messages_of(row, where):
     """A conversation [{"role", "content"}] from "messages", or from "instruction" and "input"."""
     if "messages" not in row:
         text = text_of(row, where, "instruction", "prompt")
-        if context := text_of(row, where, "input") if row.get("input") else "":
-            text += f"\n\n### Input:\n{context}"
+        context = text_of(row, where, "input") if row.get("input") else ""
+        text += f"\n\n### Input:\n{context}" if context else ""
         prompt = [{"role": "user", "content": text}]
         return answered(prompt, text_of(row, where, "output")) if "output" in row else prompt
     messages = row["messages"]
@@ -283,6 +285,7 @@ def position_of(row, prompt, where):
 
 
 def group_of(row, default):
+    """What no split divides: the row's "group", or where it has none, default."""
     group = row.get("group")
     return default if group in (None, "") else str(group)
 
@@ -635,10 +638,8 @@ class Classify(Task):
         self.labels = checkpoint.get("labels")
         self.header = (config.label_field, config.text_field)
         if config.eval_only and self.labels:  # on the same split as in training
-            how = {
-                name: checkpoint.get(name, getattr(config, name)) for name in ("seed", "balance")
-            }
-            config = replace(config, **how)
+            given = {"seed": config.seed, "balance": config.balance}
+            config = replace(config, **{k: checkpoint.get(k, v) for k, v in given.items()})
         super().__init__(config, machine, checkpoint, path)
 
     def make_model(self):
