@@ -279,7 +279,7 @@ class Machine:
         """Of each number, the sum over all processes."""
         if self.world_size == 1:
             return numbers
-        totals = torch.tensor(numbers, dtype=torch.float32, device=self.device)
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(totals)
         return totals.tolist()
 
