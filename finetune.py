@@ -54,6 +54,7 @@ from train import (
     RunConfig,
     Trainer,
     explain_out_of_memory,
+    format_metrics,
     load_data,
     mean_loss,
     merge_flags,
@@ -134,6 +135,8 @@ class FinetuneConfig(RunConfig):
         self.eval_only |= self.task == "choice"
         if self.task == "choice" and self.data is None:
             raise ValueError("--task=choice: give the questions, --data=FILE")
+        if self.task == "choice" and self.val is not None:
+            raise ValueError("--task=choice measures --data: it has no --val")
         super().__post_init__()  # the checks of each field
 
 
@@ -309,8 +312,9 @@ def split_examples(files, fractions):
 def to_row(parts, block_size, loss_on_prompt=False):
     """[(tokens, is_answer), ...] -> idx, targets: lists of one length, at most block_size.
 
-    Only tokens of answers are targets; elsewhere stands -100. What is too long is cut: first tokens
-    before the last answer, from the oldest on; if the answer alone is still too long, its end.
+    Only tokens of answers are targets (with loss_on_prompt, all); elsewhere stands -100. What is
+    too long is cut: first tokens before the last answer, from the oldest on; if the answer alone is
+    still too long, its end.
     """
     tokens = [token for part, _ in parts for token in part]
     learned = [is_answer or loss_on_prompt for part, is_answer in parts for _ in part]
@@ -374,14 +378,14 @@ class Task:
     Each adds
 
     defaults            of the config
-    parse(row, where)   a row of a file -> an example, whose "position" decides on its split
+    parse(row, where)   a row of a file -> an example; split_examples needs its "position"
     encode(example)     -> lists of numbers, of which the first is idx
     collate(encoded)    a list of these -> what model takes; the last tensor has a place for each
                         term of the mean loss, and -100 where there is none
     report(folder)      prints, and writes where there is a folder, what the model does at the end
     """
 
-    columns = ("val_loss",)  # what evaluate measures, for metrics.csv
+    columns = ("val_loss",)  # for metrics.csv: what evaluate measures, and stats of the trainer
     bits_per_byte = None
     header = ()  # the columns of a .tsv file without a header line
     trainer = Trainer
@@ -470,10 +474,7 @@ class Task:
         freeze(gpt, config.train)
         if self.has_new_positions:
             gpt.transformer.wpe.requires_grad_(True)
-        lengths = [
-            max(len(item) for item in lists if isinstance(item, list))
-            for lists in self.encoded["train"]
-        ]
+        lengths = [len(lists[0]) for lists in self.encoded["train"]]
         self.shuffled = Shuffled(lengths, config.batch_size, config.seed)
         per_epoch = math.ceil(self.shuffled.per_epoch / config.gradient_accumulation_steps)
         config.eval_interval = config.eval_interval or per_epoch
@@ -816,7 +817,7 @@ class Instruct(Task):
 
     def report(self, folder):
         """Lets the model answer held-out prompts; writes responses.jsonl."""
-        print(*(f"{name} {value:.4f}" for name, value in self.evaluate().items()), sep="  ")
+        print(format_metrics(self.evaluate()))
         conversations = [example["messages"] for example in self.examples["val"][:MEASURED]]
         prompts = [chat_prompt(asked, self.tokenizer, self.template) for *asked, _ in conversations]
         answers, ended = zip(*map(self.text, self.answers(self.gpt, prompts, temperature=0)))
@@ -910,7 +911,7 @@ class Preferences(Task):
 
     def report(self, folder):
         for split in self.filled:
-            print(f"{split:5}", *(f"{k} {v:.4f}" for k, v in self.means(split).items()), sep="  ")
+            print(f"{split:5}", format_metrics(self.means(split)), sep="  ")
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
@@ -1060,18 +1061,18 @@ EPOCHS, PARTS = 4, 4  # an iteration goes so often through its answers, in so ma
 UNFINISHED = -1.0  # added to the score of an answer that does not end
 
 
-def advantages_of(rewards, values, answered):
+def advantages_of(rewards, values, mask):
     """Generalised advantage estimation: Schulman et al. 2016, equation 16.
 
-    All (B, T): at t the state that predicts token t + 1; answered marks those whose token belongs
-    to the answer. A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 at the end.
+    All (B, T): at t the state that predicts token t + 1; mask marks those whose token belongs to
+    the answer. A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 at the end.
     """
     advantages = torch.zeros_like(rewards)
     next_advantage = next_value = torch.zeros_like(rewards[:, 0])  # both 0 outside the answer
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + GAMMA * next_value - values[:, t]
-        next_advantage = (delta + GAMMA * LAMBDA * next_advantage) * answered[:, t]
-        next_value = values[:, t] * answered[:, t]
+        next_advantage = (delta + GAMMA * LAMBDA * next_advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
         advantages[:, t] = next_advantage
     return advantages
 
@@ -1266,6 +1267,7 @@ class PPO(Task):
 def load_reward(path, machine):
     """A checkpoint of --task=reward -> the function from conversations to scores, and a digest."""
     checkpoint = load_checkpoint(path)
+    # a text to predict, though none is predicted, means: load the head, and no examples
     reward = Reward(FinetuneConfig(task="reward", predict=""), machine, checkpoint, path)
     reward.model.to(machine.device)
     return reward.score, weights_digest(checkpoint)
@@ -1344,7 +1346,7 @@ def main(argv=None):
         if not saved:
             set_aside(out_dir)
             metrics = task.evaluate()
-            print("before:", *(f"{name} {value:.4f}" for name, value in metrics.items()), sep="  ")
+            print("before:", format_metrics(metrics), sep="  ")
             trainer.save(metrics["val_loss"])  # so that best.pt is never worse than the start
         trainer.run()
         task.take(load_checkpoint(out_dir / "best.pt"))

@@ -152,8 +152,9 @@ def decode(data, path, offset=0):
 
 
 def parse_json(data, where):
+    text = decode(data, where).removeprefix("\ufeff")
     try:
-        return json.loads(decode(data, where).removeprefix("\ufeff"))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if error.lineno > 1 else ""
         raise ValueError(f"{where}{line}: broken JSON: {error.msg}, column {error.colno}")
@@ -323,8 +324,8 @@ def first_sentence(docstring):
 
 
 def manual_examples():
-    """Examples for finetune.py from Python's manual: {task: [{...}]}. Those of a module have it as
-    their "group", which all goes to one side of a split.
+    """Examples for finetune.py from Python's manual: {task: [{...}]}. Each has its module as its
+    "group", which no split divides.
 
     classify: a docstring, and the package it is from, one of those that have many modules.
     instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring; for every fourth,
@@ -413,7 +414,7 @@ def train_bpe(texts, vocab_size):
     # From here on a piece is a string with one character for each token: byte 65 and token 65 are
     # chr(65). So a pair is a string of two, and merging it is str.replace.
     pieces = [piece.encode().decode("latin-1") for piece in pieces]
-    pair_counts, pieces_with = count_pairs(pieces, counts)  # and pieces that have lost it since
+    pair_counts, pieces_with = count_pairs(pieces, counts)
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # sorted is a heap, too
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and len(tokens) < vocab_size:
@@ -441,7 +442,10 @@ def train_bpe(texts, vocab_size):
 
 
 def count_pairs(pieces, counts):
-    """How often each pair of neighbours occurs, and the pieces (their numbers) that have it."""
+    """How often each pair of neighbours occurs, and the pieces (their numbers) that have it.
+
+    A piece stays among the latter also when it has lost the pair, which does no harm.
+    """
     pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
     for i, piece in enumerate(pieces):
         for pair in map(str.__add__, piece, piece[1:]):
@@ -748,8 +752,9 @@ def check_replaceable(out):
         raise ValueError(f"--out={out}: a file of that name is there; name another folder")
     files = [entry.name for entry in out.glob("[!.]*") if entry.is_file()]
     foreign = [name for name in files if not re.fullmatch(OUR_FILES, name)]
-    if foreign or (files and b'"splits"' not in (out / "meta.json").read_bytes()):
-        name = foreign[0] if foreign else "meta.json"
+    ours = "meta.json" in files and b'"splits"' in (out / "meta.json").read_bytes()
+    if foreign or (files and not ours):
+        name = (foreign or files)[0]
         raise ValueError(f"--out={out}: {name} in it is not ours, so it stays; name another folder")
 
 
@@ -847,13 +852,14 @@ def script(main):
 def sole_owner(folder):
     """Makes the folder, and keeps a second run from writing there at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: no guard, and no open file, which would keep folder in its place
+        yield
+        return
     with open(folder / ".lock", "w") as file:
         try:
-            import fcntl  # Windows has none, and no such guard
-
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
         except BlockingIOError:
             raise ValueError(f"{folder}: another run is writing there")
         yield
@@ -912,8 +918,8 @@ def gather(args, spool):
 def mark_first(digests):
     """Which of the digests are the first of their value: an array of bool.
 
-    Those that share a byte are compared at a time, since sorting all at once takes five times the
-    memory that they have.
+    Only those with the same low byte are compared at a time, in 256 rounds: to sort all at once
+    would take five times their memory.
     """
     is_first, one_byte = np.zeros(len(digests), bool), digests.view(np.uint8)[::8]
     for byte in range(256):
@@ -1088,7 +1094,7 @@ def main(argv=None):
             if not args.inputs:
                 print("reading the manual of Python", platform.python_version())
             meta, tokenizer = prepare(args, spec, partial)
-            (partial / ".lock").unlink()
+            (partial / ".lock").unlink(missing_ok=True)
             install(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -111,11 +111,11 @@ def write_samples(model, tokenizer, prompt, num_samples, how):
     print(f"{made} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
-def prompt_of(messages, tokenizer, template, limit):
+def fitting_prompt(messages, tokenizer, template, limit):
     """chat_prompt of at most limit tokens: the oldest exchanges are left out, as far as needed."""
     tokens = chat_prompt(messages, tokenizer, template)
     if len(tokens) > limit and len(messages) > 1:
-        return prompt_of(messages[2:], tokenizer, template, limit)
+        return fitting_prompt(messages[2:], tokenizer, template, limit)
     return tokens[-limit:]
 
 
@@ -131,7 +131,7 @@ def chat(model, tokenizer, template, how):
         except EOFError:
             return
         messages.append({"role": "user", "content": question})
-        prompt = prompt_of(messages, tokenizer, template, limit)
+        prompt = fitting_prompt(messages, tokenizer, template, limit)
         decoder, answer = TextDecoder(tokenizer), ""
         with contextlib.suppress(KeyboardInterrupt):
             for token in map(int, model.generate(as_batch(model, [prompt]), **how)):
@@ -174,7 +174,8 @@ SHADES = (244, 138, 131, 167, 203, 196)
 
 @torch.no_grad()
 def print_surprise(model, tokenizer, text):
-    """Prints, for every token of text, its probability, its rank and what was expected instead."""
+    """Prints, for the tokens of text, as many as fit the context: probability, rank, and what was
+    expected instead."""
     # a document begins after the end of another
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)][: model.config.block_size + 1]
     shaded = sys.stdout.isatty() and "NO_COLOR" not in os.environ

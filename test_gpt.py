@@ -1222,7 +1222,7 @@ def test_a_conversation_forgets_its_oldest_exchanges():
     messages = []
     for i in range(6):
         messages.append({"role": "user", "content": f"question {i}"})
-        prompt = sample.prompt_of(messages, tokenizer, "roles", 60)
+        prompt = sample.fitting_prompt(messages, tokenizer, "roles", 60)
         text = tokenizer.decode(prompt)
         assert len(prompt) <= 60
         assert text.startswith("<|user|>")

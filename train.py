@@ -65,7 +65,9 @@ class RunConfig:
     # AdamW, with warmup and cosine decay
     max_iters: int = option(4000, "steps")
     learning_rate: float = option(2e-3, "the highest, at the end of warmup")
-    min_lr: float | None = option(None, "the lowest, where decay ends (default: a tenth of it)")
+    min_lr: float | None = option(
+        None, "the lowest, where decay ends (default: a tenth of learning_rate)"
+    )
     warmup_iters: int = option(20, "steps in which the learning rate rises", least=0)
     lr_decay_iters: int | None = option(None, "steps until min_lr (default: max_iters)")
     weight_decay: float = option(0.1, "of matrices, not of biases and LayerNorm")
@@ -356,7 +358,7 @@ def mean_loss(model, machine, batches):
 
 
 def set_aside(folder):
-    """Moves an earlier run's files to folder/previous, in place of those that are there."""
+    """Moves an earlier run's checkpoints and metrics to folder/previous, replacing those there."""
     earlier = [folder / name for name in ("last.pt", "best.pt", "metrics.csv")]
     earlier = [path for path in earlier if path.exists()]
     if earlier:
@@ -395,8 +397,8 @@ def explain_out_of_memory():
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "out of memory: halve --batch_size and double --gradient_accumulation_steps, which "
-            "trains the same"
+            "out of memory: try a smaller --batch_size; in train.py, half of it with twice the "
+            "--gradient_accumulation_steps trains the same"
         ) from error
 
 
@@ -408,6 +410,10 @@ def format_seconds(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def format_metrics(metrics):
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 class Trainer:
@@ -587,7 +593,7 @@ class Trainer:
             f"{loss * bits_per_byte:.3f} bits/byte" if bits_per_byte else "",
             f"{tokens_per_s:,.0f} tokens/s",
             f"{format_seconds(left)} left",
-            *(f"{name} {value:.4f}" for name, value in metrics.items()),
+            format_metrics(metrics),
         ]
         # a terminal has one line that changes, and keeps those with an evaluation
         live = sys.stdout.isatty()
@@ -662,7 +668,7 @@ def draw_loss(path):
     for panel, column, label in curves:
         points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
         panel.plot(*zip(*points), label=label, marker="." if label == "validation" else None)
-    for panel, unit in zip(panels, ("loss, nats", "bits/byte")):
+    for panel, unit in zip(panels, ("loss, nats" if has_bits else "loss", "bits/byte")):
         panel.set(xlabel="step", ylabel=unit)
         panel.grid(alpha=0.3)
         panel.legend()
@@ -795,7 +801,7 @@ def print_plan(trainer):
         f"tokens: {per_step:,} a step, {tokens:,} in all, {tokens / corpus:.1f} times the data; "
         f"compute-optimal for this model are {20 * total:,} (20 a parameter, Hoffmann et al. 2022)"
     )
-    # a weight and token: 2 forward, 4 backward; attention's two products come on top
+    # for each weight and token 2 operations forward, 4 backward; on top, attention's two products
     matrices = total - parts["wpe"] - (0 if gpt.tie_weights else parts["wte"])
     flops = 6 * matrices + 12 * gpt.n_layer * gpt.n_embd * config.block_size
     trainer.take_step()  # the first one prepares things
@@ -834,7 +840,7 @@ def main(argv=None):
     config = replace(config, **{name: getattr(model.config, name) for name in MODEL_FLAGS})
     task = Pretraining(config, machine, model, meta)
     if config.eval_only:
-        print(*(f"{name} {value:.4f}" for name, value in task.evaluate().items()), sep="  ")
+        print(format_metrics(task.evaluate()))
         return
     trainer = Trainer(config, machine, task, resumed)
     if config.plan:
@@ -842,8 +848,8 @@ def main(argv=None):
         return
     epochs = config.max_iters * windows_a_step(config, machine) / task.windows.per_epoch
     print(
-        f"{model.num_params():,} parameters; {task.windows.tokens:,} tokens, seen {epochs:.1f} "
-        f"times; on {machine}"
+        f"{model.num_params():,} parameters besides positions; {task.windows.tokens:,} tokens, "
+        f"seen {epochs:.1f} times; on {machine}"
     )
     first = machine.rank == 0
     with sole_owner(out_dir) if first else contextlib.nullcontext():
