@@ -401,6 +401,10 @@ class Task:
     }
 
     def __init__(self, config, machine, checkpoint, path):
+        kinds = {"task": str, "template": str, "head": dict}
+        wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k, kind()), kind)]
+        if wrong:
+            raise ValueError(f"{path}: damaged, its {wrong[0]} is of another kind")
         self.config, self.machine = config, machine
         self.spec = tokenizer_of(checkpoint, path)
         self.tokenizer = build_tokenizer(self.spec)
@@ -557,7 +561,7 @@ class Task:
         if saved.get("data_digest") != self.digest:
             raise ValueError(f"{path}: the examples, or ppo's reward, are not those of that run")
         shapes = {name: p.shape for name, p in self.trained().items()}
-        if {name: w.shape for name, w in saved["model"].items()} != shapes:
+        if {name: getattr(w, "shape", None) for name, w in saved["model"].items()} != shapes:
             raise ValueError(f"{path}: damaged, its weights are not those that the run trains")
         self.model.load_state_dict(saved["model"], strict=False)
 
@@ -636,7 +640,9 @@ class Classify(Task):
     file = "classify.jsonl"
 
     def __init__(self, config, machine, checkpoint, path):
-        self.labels = checkpoint.get("labels")
+        self.labels = checkpoint.get("labels", [])
+        if type(self.labels) is not list or not all(type(label) is str for label in self.labels):
+            raise ValueError(f"{path}: damaged, its labels are no texts")
         self.header = (config.label_field, config.text_field)
         if config.eval_only and self.labels:  # on the same split as in training
             given = {"seed": config.seed, "balance": config.balance}
@@ -1296,9 +1302,10 @@ def resumed_run(flags):
     config = merge_flags(FinetuneConfig, saved, flags, path)
     if config.eval_only or config.predict is not None:
         raise ValueError(f"--init_from=resume is for training; --init_from={path.parent} measures")
-    if not isinstance(saved.get("base"), dict) or "path" not in saved["base"]:
-        raise ValueError(f"{path}: not a run of finetune.py")
-    return config, saved
+    match saved:
+        case {"base": {"path": str()}}:
+            return config, saved
+    raise ValueError(f"{path}: damaged, or not a run of finetune.py")
 
 
 def check_out_dir(out_dir, models):

@@ -666,8 +666,10 @@ def tokenizer_of(checkpoint, path):
     the folder in which it lies, or GPT-2's."""
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
-    spec = checkpoint.get("tokenizer") or (read_tokenizer(folder) if path.exists() else None)
-    return spec or {"name": "gpt2"}
+    spec = checkpoint.get("tokenizer")
+    if spec is None and path.exists():
+        spec = read_tokenizer(folder)
+    return {"name": "gpt2"} if spec is None else spec
 
 
 # --- the data folder ------------------------------------------------------------------------------

@@ -1514,6 +1514,14 @@ def test_impossible_fine_tuning_ends_in_one_line_that_says_why(base, tmp_path, c
     assert "only what finetune.py has trained" in line
 
 
+def test_a_damaged_field_of_a_checkpoint_is_refused(base, tmp_path, capsys):
+    whole = {**load_checkpoint(base), "task": "classify", "labels": ["a", "b"]}
+    for damage in ({"template": 1}, {"labels": [1]}, {"head": []}, {"head": {}}):
+        gpt.save_checkpoint(tmp_path / "best.pt", {**whole, **damage})
+        flags = ["--task=classify", f"--init_from={tmp_path}", "--predict=a", "--device=cpu"]
+        assert "damaged" in fails(capsys, finetune.main, *flags)
+
+
 def test_the_default_examples_are_complete_and_name_their_module(tmp_path, monkeypatch):
     library = pathlib.Path(sysconfig.get_path("stdlib"))
     for name in ("asyncio", "email", "json", "unittest"):  # all of it takes seconds
