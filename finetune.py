@@ -9,145 +9,112 @@
     python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
     python finetune.py --task=reward --init_from=out/instruct           # score answers
     python finetune.py --task=ppo --init_from=out/instruct              # write what scores high
+    python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
 
-The loop is train.py's. A task adds its examples, the batches it makes of them, the loss and what is
-measured. Without --data, a task takes the examples that prepare_data.py makes of Python's manual.
-best.pt is a whole model, like any other; last.pt has only what was trained, and names the base.
+The loop is train.train(). A task makes an example of a row of a file, and of examples the terms: a
+loss, and whatever else is measured. Read on in this order: LoRA; what all tasks share; the tasks,
+from classification to reinforcement learning; files, examples and batches; main. best.pt is a whole
+model like any other, LoRA merged.
 """
 
 import collections
 import copy
 import csv
-import hashlib
 import io
 import json
 import math
 import pathlib
-import time
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
-from typing import ClassVar
+import re
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt import GPT, load_checkpoint, next_token_loss, replacing
+from gpt import GPT, load_checkpoint, next_token_losses
 from prepare_data import (
     build_tokenizer,
     chat_parts,
     chat_prompt,
     clean,
-    decode,
+    damaged,
     default_template,
-    parse_json,
+    flag_parser,
+    library_docstrings,
+    lock,
     position,
     read_json,
-    replace_text,
     script,
-    sole_owner,
     tokenizer_of,
+    write_file,
 )
-from train import (
-    Machine,
-    RunConfig,
-    Trainer,
-    explain_out_of_memory,
-    format_metrics,
-    load_data,
-    mean_loss,
-    merge_flags,
-    option,
-    parse_flags,
-    seed_dropout,
-    set_aside,
-)
-
-# --- what can be set ------------------------------------------------------------------------------
-
-MEASURED = 100  # at most so many held-out prompts are answered for a report
+from train import Machine, RunConfig, check_counts, format_metrics, load_run, perplexity, train
 
 
 @dataclass
 class FinetuneConfig(RunConfig):
-    task: str = option(
-        "instruct",
-        "what to learn",
-        fixed=True,
-        choices=("classify", "instruct", "choice", "dpo", "reward", "ppo"),
-    )
-    init_from: str = option("out", "the model to begin with: a run's folder, gpt2, ...; or resume")
-    out_dir: str | None = option(None, "folder to write (default: out/TASK)")
-    data: str | None = option(None, "examples: .jsonl, .json, .csv, .tsv (default: the manual's)")
-    val: str | None = option(None, "examples for validation (default: some of data)")
-    test: str | None = option(None, "for classify: examples for the test (default: some of data)")
-    train: str = option(
-        "all", "weights to train", fixed=True, choices=("all", "last_block", "head", "lora")
-    )
-    lora_rank: int = option(8, "rank of the matrices that LoRA adds", fixed=True)
-    lora_alpha: float = option(16.0, "LoRA's part is scaled by alpha / rank", fixed=True)
-    lora_dropout: float = option(0.0, "on the input of LoRA's part", fixed=True)
-    block_size: int | None = option(
-        None, "another context; a longer one trains the position table", fixed=True
-    )
-    # where None stands, a task has its own default
-    dropout: float | None = option(None, "on embeddings and residual branches", fixed=True)
-    batch_size: int | None = option(None, "examples in a micro-batch", fixed=True)
-    learning_rate: float | None = option(None, "the highest, at the end of warmup")
-    epochs: float | None = option(None, "passes through the examples", fixed=True)
-    max_iters: int | None = option(None, "steps (default: as many as epochs take)")
-    eval_interval: int | None = option(None, "steps between evaluations (default: an epoch's)")
-    log_interval: int | None = option(None, "steps between lines of output")
-    eval_only: bool = option(False, "measure, without training")
+    task: str = "instruct"  # classify, instruct, choice, dpo, reward, ppo or grpo
+    init_from: str = "out"  # the model to start from: a run's folder, gpt2, ...; or resume
+    out_dir: str = ""  # folder for checkpoints and results (default: out/TASK)
+    data: str = ""  # examples: .jsonl, .json, .csv, .tsv (default: made from Python's manual)
+    val: str = ""  # examples for validation (default: a tenth of data)
+    test: str = ""  # examples for the test (default: a tenth of data)
+    eval_only: bool = False  # measure all examples of data, without training
+    train: str = "all"  # weights to train: all, last_block, head (classify, reward) or lora
+    lora_rank: int = 8  # rank of the matrices that LoRA adds
+    lora_alpha: float = 16.0  # LoRA's product is scaled by alpha / rank
+    lora_dropout: float = 0.0  # on the input of LoRA's product
+    block_size: int = 0  # another context, whose new positions are trained (0: the model's)
+    dropout: float = 0.0  # on embeddings and residual branches
+    # where 0 stands, a task has its own default: see DEFAULTS
+    batch_size: int = 0  # examples in a micro-batch; for ppo and grpo, prompts in a step
+    learning_rate: float = 0.0  # the highest (0: the task's, lower for wider models)
+    min_lr: float = 0.0  # the lowest, at the end of the cosine decay
+    weight_decay: float = 0.0  # of matrices; it would erase what the examples do not practice
+    epochs: float = 0.0  # passes through the examples
+    max_iters: int = 0  # steps (0: as many as epochs take)
+    eval_interval: int = 0  # steps between evaluations (0: an epoch)
+    log_interval: int = 0  # steps between lines of output
+    max_new_tokens: int = 0  # the longest answer that is sampled
     # classify
-    text_field: str = option("text", "column with the text", fixed=True)
-    label_field: str = option("label", "column with the label", fixed=True)
-    lm_weight: float = option(0.5, "weight of the next-token loss beside the labels'", fixed=True)
-    balance: bool = option(False, "keep as many of each label as the rarest has", fixed=True)
-    predict: str | None = option(None, "a text to classify or an answer to score, without training")
-    # instruct
-    template: str | None = option(
-        None, "of prompts (default: by the vocabulary)", fixed=True, choices=("roles", "alpaca")
-    )
-    loss_on_prompt: bool = option(False, "learn the prompts, too", fixed=True)
-    max_new_tokens: int | None = option(None, "the longest answer that is sampled")
-    # dpo, ppo
-    beta: float | None = option(None, "how much it costs to leave the reference", fixed=True)
-    reward_model: str = option("out/reward", "for ppo: what --task=reward has made")
-    max_kl: float = option(10.0, "ppo stops at this mean KL from its start, nats an answer")
-
-    def __post_init__(self):
-        task = TASKS.get(self.task, Task)
-        if self.predict is not None and not hasattr(task, "predict"):
-            raise ValueError("--predict is for --task=classify and --task=reward")
-        if self.test is not None and "test" not in task.fractions:
-            raise ValueError("--test is for --task=classify; the others have --val")
-        if self.train == "head" and not task.has_head:
-            raise ValueError("--train=head is for classify and reward; there is --train=last_block")
-        if self.task == "ppo" and (self.epochs is not None or self.gradient_accumulation_steps > 1):
-            raise ValueError("--task=ppo goes by --max_iters: no epochs, no accumulation of steps")
-        if self.epochs == 0 or self.lora_dropout >= 1:
-            raise ValueError("--epochs must be above 0, and --lora_dropout below 1")
-        for name, value in {"out_dir": f"out/{self.task}", **task.defaults}.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        self.eval_only |= self.task == "choice"
-        if self.task == "choice" and self.data is None:
-            raise ValueError("--task=choice: give the questions, --data=FILE")
-        if self.task == "choice" and self.val is not None:
-            raise ValueError("--task=choice measures --data: it has no --val")
-        super().__post_init__()  # the checks of each field
+    text_field: str = "text"  # column with the text
+    label_field: str = "label"  # column with the label
+    lm_weight: float = 0.5  # weight of the next-token loss beside the label's
+    balance: bool = False  # train on as many examples of each label as the rarest has
+    predict: str = ""  # a text to classify, or for reward an answer to score; trains nothing
+    # conversations
+    template: str = ""  # of prompts: roles or alpaca (default: roles if the vocabulary has them)
+    loss_on_prompt: bool = False  # for instruct: learn the prompts, too
+    beta: float = 0.1  # for dpo, ppo, grpo: the cost of leaving the reference model
+    reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
+    group_size: int = 8  # for grpo: answers to a prompt
+    max_kl: float = 10.0  # ppo and grpo stop at this mean KL from the start, nats an answer
 
 
-# --- which weights to train -----------------------------------------------------------------------
+# Learning rates are for models 128 wide; tasks that sample go by max_iters, not by epochs.
+DEFAULTS = {
+    "classify": {"learning_rate": 1e-3, "epochs": 5},
+    "instruct": {"learning_rate": 5e-4, "epochs": 2},
+    "choice": {},
+    "dpo": {"learning_rate": 1e-4},
+    "reward": {"learning_rate": 1e-3},
+    "ppo": {"learning_rate": 3e-5, "batch_size": 32, "max_new_tokens": 48},
+    "grpo": {"learning_rate": 3e-5, "batch_size": 8, "max_new_tokens": 48},
+}
+for name in ("ppo", "grpo"):
+    DEFAULTS[name] |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1}
+SHARED_DEFAULTS = {"batch_size": 8, "epochs": 3, "log_interval": 50, "max_new_tokens": 128}
+
+
+# --- LoRA -----------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + (alpha / rank) B A x, where W stays as it is and A and B, both small, are trained.
+    """y = W x + (alpha / rank) B A x, where W stays as it is, and A and B, both small, are trained.
 
-    Hu et al. 2021, "LoRA", section 4.1; A begins as in the authors' code, and B as 0, so nothing is
-    changed at first. Replaces a linear layer, sharing its weight and bias.
+    Hu et al. 2021, "LoRA", section 4.1; A starts as in the authors' code and B as 0, so nothing
+    changes at first. Replaces a linear layer, whose weight and bias it shares.
     """
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
@@ -163,7 +130,7 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + F.linear(self.scale * low, self.lora_B)
 
     def merged(self):
-        """The one matrix that does the same."""
+        """The one matrix that computes the same."""
         return self.weight + self.scale * self.lora_B @ self.lora_A
 
 
@@ -184,657 +151,385 @@ def merged_weights(gpt):
     return weights
 
 
-def freeze(gpt, train):
-    """Freezes all of gpt but what --train names; a task's own head lies outside, and learns."""
-    gpt.requires_grad_(train == "all")
-    if train == "last_block":
-        gpt.transformer.h[-1].requires_grad_(True)
-        gpt.transformer.ln_f.requires_grad_(True)
-    for name, parameter in gpt.named_parameters():
-        if "lora_" in name:
-            parameter.requires_grad_(True)
-
-
-# --- reading examples -----------------------------------------------------------------------------
-
-
-def read_rows(path, columns=()):
-    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}.
-
-    A .tsv file of two columns without a header line has these columns.
-    """
-    path = pathlib.Path(path)
-    if path.suffix not in (".jsonl", ".json", ".csv", ".tsv"):
-        raise ValueError(f"{path}: give a .jsonl, .json, .csv or .tsv file")
-    rows = read_json(path) if "json" in path.suffix else read_table(path, columns)
-    for where, row in rows:
-        match row:
-            case dict():
-                yield where, row
-            case _:
-                raise ValueError(f"{where}: not an object with columns")
-
-
-def read_table(path, columns):
-    text = decode(path.read_bytes(), path).removeprefix("\ufeff")
-    if path.suffix == ".tsv":  # in which quotes are plain characters
-        table = csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        table = csv.reader(io.StringIO(text), strict=True)
-    try:
-        rows = [(f"{path}, line {table.line_num}", row) for row in table if row]
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {table.line_num}: {error}") from error
-    names = rows[0][1] if rows else []
-    if path.suffix == ".tsv" and columns and len(names) == 2 and set(names) != set(columns):
-        names = columns
-    else:
-        del rows[:1]
-    for where, row in rows:
-        if len(row) != len(names):
-            raise ValueError(f"{where}: {len(row)} columns, but {len(names)} names")
-        yield where, dict(zip(names, row))
-
-
-def text_of(row, where, *names):
-    """The text in the first of these columns that the row has, cleaned."""
-    for name in names:
-        if name in row:
-            if not isinstance(row[name], (str, int, float)):
-                raise ValueError(f"{where}: {name} is not text")
-            return clean(str(row[name]))
-    raise ValueError(f"{where}: no column {' or '.join(names)} (found: {', '.join(row)})")
-
-
-def messages_of(row, where):
-    """A conversation [{"role", "content"}] from "messages", or from "instruction" and "input"."""
-    if "messages" not in row:
-        text = text_of(row, where, "instruction", "prompt")
-        context = text_of(row, where, "input") if row.get("input") else ""
-        text += f"\n\n### Input:\n{context}" if context else ""
-        prompt = [{"role": "user", "content": text}]
-        return answered(prompt, text_of(row, where, "output")) if "output" in row else prompt
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise ValueError(f"{where}: messages need a role (system, user, assistant) and a content")
-    return [{"role": m["role"], "content": clean(m["content"])} for m in messages]
-
-
-def is_message(item):
-    match item:
-        case {"role": "system" | "user" | "assistant", "content": str()}:
-            return True
-    return False
-
-
-def answered(messages, text):
-    """The conversation with this as the assistant's next message."""
-    return [*messages, {"role": "assistant", "content": text}]
-
-
-def prompt_of(row, where):
-    """A row's conversation without the answers at its end, as an example."""
-    messages = messages_of({name: row[name] for name in row if name != "output"}, where)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return {"messages": messages, "position": position_of(row, messages, where)}
-
-
-def position_of(row, prompt, where):
-    """From 0 to 1, the same for all rows of a "group" or, where there is none, of a prompt."""
-    if not any(message["content"] for message in prompt):
-        raise ValueError(f"{where}: there is no prompt")
-    return position(group_of(row, "\n".join(message["content"] for message in prompt)))
-
-
-def group_of(row, default):
-    """What no split divides: the row's "group", or where it has none, default."""
-    group = row.get("group")
-    return default if group in (None, "") else str(group)
-
-
-def split_examples(files, fractions):
-    """{split: examples}. A split that has no file is taken from train: first val, then test get
-    their fractions, by the examples' "position" from 0 to 1; the rest stays."""
-    splits, start = {"train": [], "val": [], "test": [], **files}, 0.0
-    for name, fraction in fractions.items():
-        if name not in files:
-            end = start + fraction
-            splits[name] = [e for e in files["train"] if start <= e["position"] < end]
-            start = end
-    splits["train"] = [e for e in files["train"] if e["position"] >= start]
-    return splits
-
-
-# --- examples to batches --------------------------------------------------------------------------
-
-
-def to_row(parts, block_size, loss_on_prompt=False):
-    """[(tokens, is_answer), ...] -> idx, targets: lists of one length, at most block_size.
-
-    Only tokens of answers are targets (with loss_on_prompt, all); elsewhere stands -100. What is
-    too long is cut: first tokens before the last answer, from the oldest on; if the answer alone is
-    still too long, its end.
-    """
-    tokens = [token for part, _ in parts for token in part]
-    learned = [is_answer or loss_on_prompt for part, is_answer in parts for _ in part]
-    last_answer = len(tokens) - len(parts[-1][0])
-    start = max(0, min(len(tokens) - 1 - block_size, last_answer - 1))
-    tokens, learned = (items[start : start + block_size + 1] for items in (tokens, learned))
-    targets = [token if learn else -100 for token, learn in zip(tokens[1:], learned[1:])]
-    return tokens[:-1], targets
-
-
-def pad(rows, fill):
-    """Lists of numbers -> (B, T). The fill comes after them, where causal attention ignores it."""
-    length = max(map(len, rows))
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
-
-
-def pad_and_last(rows, fill):
-    """Lists of tokens -> idx (B, T), and where the last token of each is, (B,)."""
-    return pad(rows, fill), torch.tensor([len(row) - 1 for row in rows])
-
-
-class Shuffled:
-    """An endless, reproducible sequence of batches, each of examples of about the same length.
-
-    Every epoch shuffles the examples, sorts each 32 batches of them by length, and shuffles the
-    batches. The n-th batch depends on seed and n alone, as in train.Windows.
-    """
-
-    def __init__(self, lengths, batch_size, seed):
-        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
-        self.per_epoch = math.ceil(len(lengths) / batch_size)
-        self.shuffle(0)
-
-    def shuffle(self, epoch):
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths))
-        chunks = np.split(order, range(32 * self.batch_size, len(order), 32 * self.batch_size))
-        order = np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        self.epoch, self.batches = epoch, [batches[i] for i in rng.permutation(len(batches))]
-
-    def batch(self, n):
-        """The numbers of the examples in batch n."""
-        epoch, i = divmod(n, self.per_epoch)
-        if epoch != self.epoch:
-            self.shuffle(epoch)
-        return self.batches[i]
-
-    def padding(self):
-        """The share of padding in this epoch's batches."""
-        padded = sum(len(batch) * self.lengths[batch].max() for batch in self.batches)
-        return 1 - self.lengths.sum() / padded
-
-
-# --- what the tasks have in common ----------------------------------------------------------------
+# --- what all tasks share -------------------------------------------------------------------------
 
 
 class Task:
-    """What train.Trainer asks of a task, as far as all of them here answer alike.
+    """What train() asks of a task, as far as all of them here answer alike. Each one adds
 
-    Each adds
-
-    defaults            of the config
-    parse(row, where)   a row of a file -> an example; split_examples needs its "position"
-    encode(example)     -> lists of numbers, of which the first is idx
-    collate(encoded)    a list of these -> what model takes; the last tensor has a place for each
-                        term of the mean loss, and -100 where there is none
-    report(folder)      prints, and writes where there is a folder, what the model does at the end
+    encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...], "group": ...,
+                      and more}; rows as in to_row, group as in split_of
+    terms(examples)   -> {name: (N,)}; the training loss is the mean of "loss", which comes first,
+                      and an evaluation the means of all
     """
 
-    columns = ("val_loss",)  # for metrics.csv: what evaluate measures, and stats of the trainer
-    bits_per_byte = None
-    header = ()  # the columns of a .tsv file without a header line
-    trainer = Trainer
-    has_head = False  # best.pt has a head, without which it can neither predict nor be measured
-    file = "instruct.jsonl"  # the examples, where --data is not given
-    fractions: ClassVar = {"val": 0.1}  # of the examples, where no files are given
-    defaults: ClassVar = {
-        "batch_size": 8,
-        "dropout": 0.0,
-        "learning_rate": 1e-3,
-        "epochs": 3.0,
-        "log_interval": 50,
-    }
+    kind = "instruct"  # of manual_examples, if there is no --data
+    curves = ("train_loss", "val_loss")  # of loss.png
+    outputs = 0  # of a head beside the language model's
+    writes = False  # answers held-out prompts before and after training
+    lr_scales, stop = None, None  # see train()
 
-    def __init__(self, config, machine, checkpoint, path):
-        kinds = {"task": str, "template": str, "head": dict}
-        wrong = [k for k, kind in kinds.items() if not isinstance(checkpoint.get(k, kind()), kind)]
-        if wrong:
-            raise ValueError(f"{path}: damaged, its {wrong[0]} is of another kind")
-        self.config, self.machine = config, machine
-        self.spec = tokenizer_of(checkpoint, path)
+    def __init__(self, config, machine, checkpoint):
+        self.config, self.machine, self.checkpoint_before = config, machine, checkpoint
+        self.spec = tokenizer_of(checkpoint, config.init_from)
         self.tokenizer = build_tokenizer(self.spec)
         self.end = self.tokenizer.eot_token
-        try:
+        with damaged(config.init_from):
             self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout, attn_dropout=0.0)
-            self.gpt.crop_vocab(self.tokenizer.n_vocab)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        self.block_size = config.block_size or self.gpt.config.block_size
-        self.has_new_positions = self.block_size > self.gpt.config.block_size
-        if self.block_size != self.gpt.config.block_size:
-            self.gpt.resize_positions(self.block_size)
-        default = checkpoint.get("template") or default_template(self.tokenizer)
-        self.template = config.template or default
-        if self.template == "roles" and default_template(self.tokenizer) != "roles":
-            raise ValueError("--template=roles: the model's vocabulary has no tokens for roles")
-        self.cut = 0  # texts that were too long
-        needs_head = self.has_head and (config.eval_only or config.predict is not None)
-        if needs_head and checkpoint.get("task") != config.task:
-            raise ValueError(f"{path}: has no head for this; --task={config.task} trains one")
-        if config.predict is None:
-            self.load()
-        self.model = self.make_model()
-        if needs_head:
-            try:
-                self.model.head.load_state_dict(checkpoint["head"])
-            except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: damaged head ({error!r:.90})") from error
+        self.gpt.resize(min(self.tokenizer.n_vocab, self.gpt.config.vocab_size), config.block_size)
+        self.block_size = self.gpt.config.block_size
+        self.template = config.template or checkpoint.get("template")
+        self.template = self.template or default_template(self.tokenizer)
+        self.too_long = 0  # examples that were cut
+        self.measured = []  # the terms of training since the last report
+        self.splits = {} if config.predict else self.read_examples()
+        self.model = nn.ModuleDict({"gpt": self.gpt})
+        self.set_up()
+        self.model.to(machine.device)
 
-    def make_model(self):
-        """What is trained: a module that makes the loss of a batch."""
-        return self.gpt
+    def set_up(self):
+        """For tasks that need more than the model and the examples."""
 
-    def load(self):
-        """Reads the examples and makes numbers of them."""
-        config, source = self.config, self.config.data or f"data/{self.file}"
-        if config.data is None:
-            load_data("data")
-            if not pathlib.Path(source).exists():
-                raise ValueError("data/ is of your own text: give the examples, --data=FILE")
-        paths = {"train": source, "val": config.val, "test": config.test}
-        files = {
-            split: [self.parse(row, where) for where, row in read_rows(path, self.header)]
-            for split, path in paths.items()
-            if path
-        }
-        self.examples = self.split(files)
-        self.encoded = {split: list(map(self.encode, e)) for split, e in self.examples.items()}
-        self.filled = [split for split, examples in self.examples.items() if examples]
-        counts = {split: len(some) for split, some in self.examples.items()}
-        if not counts["val"] or not (counts["train"] or config.eval_only):
-            raise ValueError(f"{config.data or self.file}: too few examples {counts}")
-        print(f"examples: {counts}; texts that were too long, and cut: {self.cut}")
-        # by which a resumed run knows that its examples are the same
-        self.digest = hashlib.sha256(repr(self.encoded).encode()).hexdigest()
+    def add_head(self, outputs, std):
+        """A linear layer that reads the last token of a text, the only one that has seen all of it.
+        The head of a checkpoint of the same task is taken over."""
+        self.model["head"] = nn.Linear(self.gpt.config.n_embd, outputs)
+        nn.init.normal_(self.model["head"].weight, std=std)
+        nn.init.zeros_(self.model["head"].bias)
+        before, config = self.checkpoint_before, self.config
+        if before.get("task") == config.task and len(before["head"]["bias"]) == outputs:
+            with damaged(config.init_from):
+                self.model["head"].load_state_dict(before["head"])
+        elif config.predict or config.eval_only:
+            raise ValueError(f"{config.init_from}: no head; --task={config.task} trains one")
 
-    def split(self, files):
-        return split_examples(files, self.fractions)
+    def scores(self, x, last):
+        """x (R, T, C), and where each row ends, (R,) -> (R, outputs) in float32."""
+        return self.model["head"](x[torch.arange(len(x), device=x.device), last]).float()
 
-    def collate(self, encoded):
-        """[(idx, targets)] -> (B, T), (B, T)."""
-        rows, targets = zip(*encoded)
-        return pad(rows, self.end), pad(targets, -100)
-
-    def prepare(self):
-        """Decides what is trained, in which batches, and in how many steps."""
-        config, gpt = self.config, self.gpt
-        if config.train == "lora":
-            add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        freeze(gpt, config.train)
-        if self.has_new_positions:
-            gpt.transformer.wpe.requires_grad_(True)
-        lengths = [len(lists[0]) for lists in self.encoded["train"]]
-        self.shuffled = Shuffled(lengths, config.batch_size, config.seed)
-        per_epoch = math.ceil(self.shuffled.per_epoch / config.gradient_accumulation_steps)
-        config.eval_interval = config.eval_interval or per_epoch
-        config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
-        total = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.trained().values())
-        print(
-            f"training {trained:,} of {total:,} parameters ({trained / total:.1%}), padding is "
-            f"{self.shuffled.padding():.1%} of a batch, on {self.machine}"
-        )
-
-    def micro_batch(self, n):
-        return self.collate([self.encoded["train"][i] for i in self.shuffled.batch(n)])
-
-    def batches(self, split):
-        """All of a split in batches, in order."""
-        lists, size = self.encoded[split], 2 * self.config.batch_size
-        return (self.collate(lists[i : i + size]) for i in range(0, len(lists), size))
-
-    @torch.no_grad()
-    def outputs(self, split, function):
-        """What function makes of each batch of a split, with dropout off: (N, ...), on the CPU."""
-        self.model.eval()
-        found = []
-        for tensors in self.batches(split):
-            with self.machine.autocast():
-                found.append(function(*self.machine.put(*tensors)).float().cpu())
-        self.model.train()
-        return torch.cat(found)
-
-    def answers(self, gpt, prompts, temperature=1.0, generator=None):
-        """What gpt says to each of the prompts, in tokens, with the end token where it ended."""
-        by_length, answers = collections.defaultdict(list), {}
-        for i, prompt in enumerate(prompts):
-            by_length[len(prompt)].append(i)  # one length, one batch: no padding before the answer
-        for same in by_length.values():
-            (idx,) = self.machine.put(torch.tensor([prompts[i] for i in same]))
-            how = {"stop_token": self.end, "generator": generator}
-            steps = gpt.eval().generate(idx, self.config.max_new_tokens, temperature, **how)
-            for i, tokens in zip(same, torch.stack(list(steps), dim=1).tolist()):
-                stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
-                answers[i] = tokens[:stop]
-        return [answers[i] for i in range(len(prompts))]
-
-    def row(self, messages, loss_on_prompt=False):
+    def row(self, messages, learned="all answers"):
         """A conversation -> idx, targets: see to_row."""
         parts = chat_parts(messages, self.tokenizer, self.template)
-        self.cut += sum(len(part) for part, _ in parts) > self.block_size + 1
-        return to_row(parts, self.block_size, loss_on_prompt)
+        self.too_long += sum(len(part) for part, _ in parts) > self.block_size
+        return to_row(parts, self.block_size, learned)
 
-    def text(self, answer):
-        """The text of an answer's tokens, and whether it ended by itself."""
-        ended = answer[-1] == self.end
-        return self.tokenizer.decode(answer[:-1] if ended else answer), ended
+    def collate(self, examples):
+        """Their rows -> idx (R, T), targets (R, T), and where the last token of each is, (R,).
+
+        Padding comes after a row, where causal attention ignores it.
+        """
+        rows = [row for example in examples for row in example["rows"]]
+        length, last = max(len(idx) for idx, _ in rows), [len(idx) - 1 for idx, _ in rows]
+        idx = [idx + [self.end] * (length - len(idx)) for idx, _ in rows]
+        targets = [targets + [-100] * (length - len(targets)) for _, targets in rows]
+        return self.machine.put(*map(torch.tensor, (idx, targets, last)))
+
+    def prepare(self):
+        """Decides which weights are trained, at which rate, in which batches and how many steps."""
+        config, gpt = self.config, self.gpt
+        gpt.requires_grad_(config.train == "all")
+        if config.train == "last_block":
+            gpt.transformer.h[-1].requires_grad_(True)
+            gpt.transformer.ln_f.requires_grad_(True)
+        if config.train == "lora":
+            add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
+        if self.block_size > self.checkpoint_before["config"]["block_size"]:
+            gpt.transformer.wpe.requires_grad_(True)
+        self.model.to(self.machine.device).train()
+        rate = DEFAULTS[config.task]["learning_rate"] * (3 if config.train == "lora" else 1)
+        config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
+        lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
+        self.batches = Batches(lengths, config.batch_size, config.seed)
+        per_epoch = math.ceil(self.batches.per_epoch / config.gradient_accumulation_steps)
+        config.eval_interval = config.eval_interval or per_epoch
+        config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
+        check_counts(config)
+        total = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        print(
+            f"training {trained:,} of {total:,} parameters ({trained / total:.1%}) at "
+            f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}"
+        )
+
+    def count(self, example):
+        """How many elements its "loss" has."""
+        return 1
+
+    def updates(self, state):
+        """One update a step."""
+        yield self.losses(state)
+
+    def losses(self, state):
+        """Yields a loss for each micro-batch; their sum is the mean over all elements."""
+        config, first = self.config, state["examples"] // self.config.batch_size
+        numbers = range(first, first + config.gradient_accumulation_steps)
+        batches = [[self.splits["train"][i] for i in self.batches[n]] for n in numbers]
+        total = sum(self.count(example) for batch in batches for example in batch)
+        for batch in batches:
+            with self.machine.autocast():
+                loss, *others = (terms := self.terms(batch)).values()
+            self.measured.append([term.mean().detach() for term in others])
+            self.names = list(terms)[1:]
+            yield loss.sum() / total
+            state["examples"] += config.batch_size
+            state["tokens"] += sum(len(idx) for e in batch for idx, _ in e["rows"])
+
+    @property
+    def stats(self):
+        """The means of the terms besides the loss since this was last asked for."""
+        means = torch.tensor(self.measured).mean(0).tolist()
+        self.measured = []
+        return dict(zip(self.names, means))
+
+    def in_batches(self, split, function):
+        """What function makes of each batch of a split, with dropout off."""
+        self.model.eval()
+        examples, size = self.splits[split], 2 * self.config.batch_size
+        with torch.no_grad(), self.machine.autocast():
+            found = [function(examples[i : i + size]) for i in range(0, len(examples), size)]
+        self.model.train()
+        return found
+
+    def measure(self, split):
+        """{name: mean over the split} of the terms."""
+        parts = self.in_batches(split, self.terms)
+        return {name: torch.cat([p[name] for p in parts]).mean().item() for name in parts[0]}
 
     def evaluate(self):
-        return {"val_loss": mean_loss(self.model, self.machine, self.batches("val"))}
+        return {f"val_{name}": mean for name, mean in self.measure("val").items()}
 
-    def trained(self):
-        """The parameters that are trained, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+    def report(self, folder=None):
+        """Prints what the model does on held-out examples; may write files into folder."""
+        for split in ("val", "test"):
+            if self.splits[split]:
+                print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
 
-    def best(self):
-        return {
-            "config": asdict(self.gpt.config),
-            "model": merged_weights(self.gpt),
-            **({"head": self.model.head.state_dict()} if self.has_head else {}),
-            "task": self.config.task,
-            "template": self.template,
-            "tokenizer": self.spec,
-        }
+    def checkpoint(self):
+        return {"model": self.model.state_dict()}
 
-    def last(self):
-        weights = {name: p.detach() for name, p in self.trained().items()}
-        config = asdict(self.gpt.config)
-        return {"config": config, "model": weights, "base": self.base, "data_digest": self.digest}
+    def best_checkpoint(self):
+        head = {"head": self.model["head"].state_dict()} if "head" in self.model else {}
+        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt), **head}
+        return {**best, "task": self.config.task, "template": self.template, "tokenizer": self.spec}
 
-    def resume(self, saved, path):
-        """Takes the weights of an interrupted run."""
-        if saved.get("data_digest") != self.digest:
-            raise ValueError(f"{path}: the examples, or ppo's reward, are not those of that run")
-        shapes = {name: p.shape for name, p in self.trained().items()}
-        if {name: getattr(w, "shape", None) for name, w in saved["model"].items()} != shapes:
-            raise ValueError(f"{path}: damaged, its weights are not those that the run trains")
-        self.model.load_state_dict(saved["model"], strict=False)
-
-    def take(self, best):
-        """Takes the weights of this run's best.pt."""
+    def load_best(self, best):
+        """Takes over the weights of best.pt. LoRA is in them, so its own part becomes 0."""
         self.gpt.load_state_dict(best["model"], strict=False)
         for name, parameter in self.gpt.named_parameters():
-            if name.endswith("lora_B"):  # it is in the weights already
+            if name.endswith("lora_B"):
                 nn.init.zeros_(parameter)
-        if self.has_head:
-            self.model.head.load_state_dict(best["head"])
+        if "head" in best:
+            self.model["head"].load_state_dict(best["head"])
 
+    def answers(self, gpt, examples, temperature=1.0, generator=None):
+        """gpt's answers to the examples' "messages", in tokens, with the end token if they end."""
+        prompts = [self.prompt(example) for example in examples]
+        same_length, answers = collections.defaultdict(list), {}
+        for i, prompt in enumerate(prompts):
+            same_length[len(prompt)].append(i)  # one batch: no padding before the answer
+        for numbers in same_length.values():
+            (idx,) = self.machine.put(torch.tensor([prompts[i] for i in numbers]))
+            how = {"temperature": temperature, "stop_token": self.end, "generator": generator}
+            steps = gpt.eval().generate(idx, self.config.max_new_tokens, **how)
+            for i, tokens in zip(numbers, torch.stack(list(steps), dim=1).tolist()):
+                stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
+                answers[i] = tokens[:stop]
+        self.model.train()
+        return [answers[i] for i in range(len(prompts))]
 
-def write_lines(folder, name, objects):
-    """Writes JSON Lines; nothing where folder is None."""
-    if folder:
-        lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
-        replace_text(folder / name, "".join(lines))
+    def prompt(self, example):
+        """The tokens of its prompt; of a long one, the end, so that an answer fits the context."""
+        limit = max(1, self.block_size - self.config.max_new_tokens)
+        return chat_prompt(example["messages"], self.tokenizer, self.template)[-limit:]
 
+    def text(self, answer):
+        return self.tokenizer.decode([token for token in answer if token != self.end])
 
-class WithHead(nn.Module):
-    """GPT with a linear layer of its own in place of the language-modelling head.
+    def held_out_answers(self):
+        """The likeliest answers to up to 100 held-out prompts."""
+        examples = (self.splits["test"] or self.splits["val"])[:100] if self.writes else []
+        return examples, self.answers(self.gpt, examples, temperature=0)
 
-    It reads the last token of each text, the only one that has seen all of it.
-    """
+    def write_answers(self, folder, before):
+        """Writes responses.jsonl: held-out prompts, with the answers before training and now."""
+        examples, now = self.held_out_answers()
+        lines = [
+            {
+                "messages": e["messages"],
+                "before": self.text(b),
+                "after": self.text(a),
+                **e["expected"],
+            }
+            for e, b, a in zip(examples, before, now)
+        ]
+        for line in lines[:3]:
+            print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
+        ended = sum(answer[-1] == self.end for answer in now)
+        if lines:
+            print(f"\n{ended} of {len(lines)} answers end by themselves")
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_file(folder / "responses.jsonl", text.encode())
 
-    def __init__(self, gpt, outputs):
-        super().__init__()
-        self.gpt, self.head = gpt, nn.Linear(gpt.config.n_embd, outputs)
+    def read_examples(self):
+        """{"train", "val", "test": examples}: see split_of."""
+        config, splits = self.config, {"train": [], "val": [], "test": []}
+        files = {"train": config.data, "val": config.val, "test": config.test}
+        for file, path in files.items():
+            rows = manual_examples(self.kind) if file == "train" and not path else []
+            for where, row in read_rows(path, self.header()) if path else rows:
+                try:
+                    example = self.encode(row)
+                except Exception as error:
+                    raise ValueError(f"{where}: {error}") from error
+                split = "test" if config.eval_only and path else file
+                if split == "train":
+                    split = split_of(example["group"], config)
+                splits[split].append(example)
+        held_out = {e["group"] for split in ("val", "test") for e in splits[split]}
+        splits["train"] = [e for e in splits["train"] if e["group"] not in held_out]
+        counts = {split: len(examples) for split, examples in splits.items()}
+        print(f"examples: {counts}; {self.too_long} were too long and are cut")
+        needed = ("test",) if config.eval_only else ("train", "val")
+        if not all(counts[split] for split in needed):
+            raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
+        return splits
 
-    def read(self, x, last):
-        """Hidden states x (B, T, n_embd), and where each text ends, (B,) -> (B, outputs)."""
-        return self.head(x[torch.arange(len(x), device=x.device), last])
-
-    def scores(self, idx, last):
-        """The same, of tokens idx (B, T)."""
-        return self.read(self.gpt.hidden(idx), last)
+    def header(self):
+        """The columns of a .tsv file that has no header line."""
+        return ()
 
 
 def token_log_probs(gpt, idx, targets):
-    """log p of each target, (B, T), and 0 where there is none (-100). Sum a row for an answer's."""
+    """log p of each target, (R, T), and 0 where there is none (-100). A row's sum is an answer's."""
     learned = targets != -100
-    logits = gpt.lm_head(gpt.hidden(idx)[learned])  # (N, vocab_size)
-    log_probs = -F.cross_entropy(logits, targets[learned], reduction="none")
-    return torch.zeros(targets.shape, device=idx.device).masked_scatter(learned, log_probs.float())
+    losses = next_token_losses(gpt.lm_head, gpt.hidden(idx)[learned], targets[learned])
+    return torch.zeros(targets.shape, device=idx.device).masked_scatter(learned, -losses)
 
 
 # --- classification -------------------------------------------------------------------------------
 
 
-class Classifier(WithHead):
-    """Cross-entropy of the label, plus lm_weight times the next-token loss on the text, which makes
-    more of few examples: Radford et al. 2018, equation 5."""
-
-    def __init__(self, gpt, outputs, lm_weight):
-        super().__init__(gpt, outputs)
-        self.lm_weight = lm_weight
-
-    def forward(self, idx, last, labels):
-        x = self.gpt.hidden(idx)
-        loss = F.cross_entropy(self.read(x, last), labels)
-        if self.lm_weight and last.any():  # else there is no next token
-            T = torch.arange(idx.size(1), device=idx.device)
-            targets = torch.where(T <= last[:, None], idx, -100)[:, 1:]
-            x, head = x[:, :-1].flatten(0, 1), self.gpt.lm_head.weight
-            loss = loss + self.lm_weight * next_token_loss(x, head, targets.flatten())
-        return loss
-
-
 class Classify(Task):
-    """Texts to labels. Its best.pt has the "labels" and their "head", too."""
+    """Texts to labels: cross-entropy of the label, plus lm_weight times the next-token loss on the
+    text, which makes more of few examples (Radford et al. 2018, equation 5)."""
 
-    defaults: ClassVar = Task.defaults | {"epochs": 5.0}
-    columns, has_head = ("val_loss", "val_accuracy"), True
-    fractions: ClassVar = {"val": 0.1, "test": 0.2}
-    file = "classify.jsonl"
+    kind = "classify"
+    curves = ("label_loss", "val_loss")
 
-    def __init__(self, config, machine, checkpoint, path):
-        self.labels = checkpoint.get("labels", [])
-        if type(self.labels) is not list or not all(type(label) is str for label in self.labels):
-            raise ValueError(f"{path}: damaged, its labels are no texts")
-        self.header = (config.label_field, config.text_field)
-        if config.eval_only and self.labels:  # on the same split as in training
-            given = {"seed": config.seed, "balance": config.balance}
-            config = replace(config, **{k: checkpoint.get(k, v) for k, v in given.items()})
-        super().__init__(config, machine, checkpoint, path)
-
-    def make_model(self):
-        return Classifier(self.gpt, len(self.labels), self.config.lm_weight)
-
-    def parse(self, row, where):
-        text = text_of(row, where, self.config.text_field)
-        label = text_of(row, where, self.config.label_field)
-        if not text or not label:
-            raise ValueError(f"{where}: the {'label' if text else 'text'} is empty")
-        return {"text": text, "label": label, "group": group_of(row, text), "where": where}
-
-    def split(self, files):
-        """Drops duplicates, and divides each label's examples in the same proportions."""
-        config, count = self.config, sum(map(len, files.values()))
-        files = drop_duplicates(files)
-        print(f"dropped {count - sum(map(len, files.values())):,} examples of a text seen before")
-        by_label = collections.defaultdict(list)
-        for example in files["train"]:
-            by_label[example["label"]].append(example)
-        fewest, positions = min(map(len, by_label.values()), default=0), {}
-        for examples in by_label.values():
-            examples.sort(key=lambda e: position(f"{config.seed} {e['text']}"))
-            if config.balance:
-                del examples[fewest:]
-            set_positions(examples, config.seed, positions)
-        splits = split_examples({**files, "train": list(chain(*by_label.values()))}, self.fractions)
-        if not config.eval_only:  # else they are the checkpoint's
-            self.labels = sorted({example["label"] for example in splits["train"]})
-        for example in chain(*splits.values()):
+    def set_up(self):
+        labels = sorted({e["label"] for e in self.splits.get("train", [])})
+        self.labels = labels or self.checkpoint_before.get("labels", [])
+        for example in (e for examples in self.splits.values() for e in examples):
             if example["label"] not in self.labels:
-                raise ValueError(f"{example['where']}: training has no label {example['label']!r}")
+                raise ValueError(f"training has no label {example['label']!r}: {example['text']}")
+        if self.config.balance and labels:
+            self.balance()
         if len(self.labels) < 2:
-            raise ValueError(f"nothing to tell apart: the only label is {self.labels}")
-        return splits
+            raise ValueError(f"nothing to tell apart: the labels are {self.labels}")
+        self.add_head(len(self.labels), std=0.02)
 
-    def encode(self, example):
-        tokens = self.tokenizer.encode_ordinary(example["text"])
-        self.cut += len(tokens) > self.block_size
-        return tokens[: self.block_size], self.labels.index(example["label"])
+    def balance(self):
+        counts, kept = collections.Counter(e["label"] for e in self.splits["train"]), []
+        for label in self.labels:
+            examples = [e for e in self.splits["train"] if e["label"] == label]
+            examples.sort(key=lambda e: position(e["text"]))
+            kept += examples[: min(counts.values())]
+        self.splits["train"] = kept
 
-    def collate(self, encoded):
-        """[(tokens, label)] -> idx (B, T), where the last token is (B,), labels (B,)."""
-        rows, labels = zip(*encoded)
-        return *pad_and_last(rows, self.end), torch.tensor(labels)
+    def header(self):
+        return (self.config.label_field, self.config.text_field)
 
-    def log_probs(self, split):
-        """Of each label, for a split's examples in order: (N, classes)."""
-        scores = self.outputs(split, lambda idx, last, labels: self.model.scores(idx, last))
-        return scores.log_softmax(-1)
+    def encode(self, row):
+        text, label = (text_of(row, name) for name in reversed(self.header()))
+        tokens = self.tokenizer.encode_ordinary(text)
+        self.too_long += len(tokens) > self.block_size
+        rows = [to_row([(tokens, True)], self.block_size, "all")]
+        return {"rows": rows, "group": str(row.get("group") or text), "text": text, "label": label}
 
-    def labels_of(self, split):
-        return torch.tensor([label for _, label in self.encoded[split]])
+    def terms(self, examples):
+        config, (idx, targets, last) = self.config, self.collate(examples)
+        labels = torch.tensor([self.labels.index(e["label"]) for e in examples], device=idx.device)
+        x = self.gpt.hidden(idx)
+        scores = self.scores(x, last)
+        loss = label_loss = F.cross_entropy(scores, labels, reduction="none")
+        terms = {"accuracy": (scores.argmax(-1) == labels).float()}
+        if self.model.training:
+            terms["label_loss"] = label_loss
+        if self.model.training and config.lm_weight and config.train != "head":
+            losses = next_token_losses(self.gpt.lm_head, x.flatten(0, 1), targets.flatten())
+            counts = (targets != -100).sum(1).clamp(min=1)
+            loss = label_loss + config.lm_weight * losses.view(targets.shape).sum(1) / counts
+        return {"loss": loss, **terms}
 
-    def evaluate(self):
-        log_probs, labels = self.log_probs("val"), self.labels_of("val")
-        accuracy = (log_probs.argmax(-1) == labels).float().mean().item()
-        return {"val_loss": F.nll_loss(log_probs, labels).item(), "val_accuracy": accuracy}
+    def probabilities(self, examples):
+        idx, _, last = self.collate(examples)
+        return self.scores(self.gpt.hidden(idx), last).softmax(-1)  # (N, labels)
 
-    def best(self):
-        config = self.config
-        how = {"labels": self.labels, "seed": config.seed, "balance": config.balance}
-        return {**super().best(), **how}
-
-    def report(self, folder):
-        """Prints accuracy, macro F1 and confusion of each split; writes predictions.csv of the
-        last, which is the test where there is one."""
-        width = max(map(len, self.labels))
-        for split in self.filled:
-            log_probs, labels, n = self.log_probs(split), self.labels_of(split), len(self.labels)
-            cells = labels * n + log_probs.argmax(-1)
-            confusion = torch.bincount(cells, minlength=n * n).view(n, n)
+    def report(self, folder=None):
+        """Prints accuracy, macro F1 and the baseline of each split; and writes predictions.csv."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["split", "text", "label", "predicted", "probability"])
+        for split in ("val", "test"):
+            if not (examples := self.splits[split]):
+                continue
+            probabilities = torch.cat(self.in_batches(split, self.probabilities)).cpu()
+            labels = torch.tensor([self.labels.index(e["label"]) for e in examples])
+            n, predicted = len(self.labels), probabilities.argmax(-1)
+            confusion = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
             right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
             print(
-                f"\n{split:5}  accuracy {right.sum() / len(labels):.4f}  "
+                f"\n{split:5} accuracy {right.sum() / len(labels):.4f}  "
                 f"macro F1 {(2 * right / sums)[sums > 0].mean():.4f}  "
-                "(rows: labels, columns: predictions)"
+                f"(always the commonest label: accuracy {confusion.sum(1).max() / len(labels):.4f})"
             )
-            for label, row in zip(self.labels, confusion.tolist()):
-                print(f"{label:{width}}", *(f"{n:5}" for n in row))
+            if n <= 12:  # rows: labels, columns: predictions
+                for label, counts in zip(self.labels, confusion.tolist()):
+                    print(f"{label[:20]:20}", *(f"{count:5}" for count in counts))
+            for e, i, p in zip(examples, predicted, probabilities.amax(-1)):
+                table.writerow([split, e["text"], e["label"], self.labels[i], f"{p:.4f}"])
         if folder:
-            draw_confusion(confusion, self.labels, folder / "confusion.png")
-            text = io.StringIO()
-            table = csv.writer(text, lineterminator="\n")
-            table.writerow(["text", "label", "predicted", "probability"])
-            for example, row in zip(self.examples[split], log_probs.exp()):
-                p, i = row.max(0)
-                table.writerow([example["text"], example["label"], self.labels[i], f"{p:.4f}"])
-            replace_text(folder / "predictions.csv", text.getvalue())
+            write_file(folder / "predictions.csv", text.getvalue().encode())
 
     def predict(self, text):
-        tokens = self.tokenizer.encode_ordinary(clean(text))[: self.block_size]
-        if not tokens:
-            raise ValueError("--predict: the text is empty")
-        idx, last = self.machine.put(torch.tensor([tokens]), torch.tensor([len(tokens) - 1]))
-        with torch.no_grad():
-            probability, i = self.model.eval().scores(idx, last)[0].softmax(-1).max(0)
+        example = self.encode({self.config.text_field: text, self.config.label_field: "?"})
+        self.splits = {"text": [example]}
+        probability, i = self.in_batches("text", self.probabilities)[0][0].max(0)
         print(f"{self.labels[i]}  {probability:.4f}")
 
-
-def drop_duplicates(files):
-    """Of examples with the same text the first stays; what is tested is not trained."""
-    seen, kept = set(), {}
-    for split in [name for name in ("test", "val", "train") if name in files]:
-        kept[split] = []
-        for example in files[split]:
-            if example["text"] not in seen:
-                kept[split].append(example)
-                seen.add(example["text"])
-    return kept
+    def best_checkpoint(self):
+        return {**super().best_checkpoint(), "labels": self.labels}
 
 
-def set_positions(examples, seed, positions):
-    """Gives each a "position" from 0 to 1: evenly spread, in random order; but a group has one
-    position, that in positions if it is there, as it may have been met with another label."""
-    groups, before = collections.defaultdict(list), 0
-    for example in examples:
-        groups[example["group"]].append(example)
-    for group in sorted(groups, key=lambda group: position(f"{seed} {group}")):
-        middle = (before + len(groups[group]) / 2) / len(examples)
-        for example in groups[group]:
-            example["position"] = positions.setdefault(group, middle)
-        before += len(groups[group])
-
-
-def draw_confusion(confusion, labels, path):
-    """Draws it as a picture, where there is matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    if len(labels) > 40:  # nobody could read that
-        return
-    figure = Figure(figsize=(2 + len(labels) / 2, 2 + len(labels) / 2), layout="constrained")
-    panel = figure.subplots()
-    confusion = confusion.numpy()
-    panel.imshow(confusion / confusion.sum(1, keepdims=True).clip(1), vmin=0, cmap="Blues")
-    for (row, column), count in np.ndenumerate(confusion):
-        panel.text(column, row, count, ha="center", va="center", fontsize=8)
-    panel.set_xticks(range(len(labels)), labels, rotation=90)
-    panel.set_yticks(range(len(labels)), labels)
-    panel.set(xlabel="predicted", ylabel="label")
-    with replacing(path) as file:
-        figure.savefig(file, dpi=100, format="png")
-
-
-# --- following instructions -----------------------------------------------------------------------
+# --- instructions ---------------------------------------------------------------------------------
 
 
 class Instruct(Task):
-    """Prompts to answers: the next-token loss, on the answers' tokens alone."""
+    """Prompts to answers: the next-token loss, on the tokens of the answers alone."""
 
-    defaults: ClassVar = Task.defaults | {
-        "learning_rate": 5e-4,
-        "epochs": 2.0,
-        "max_new_tokens": 128,
-    }
-    columns = ("val_loss", "val_perplexity")
+    writes = True
 
-    def parse(self, row, where):
-        messages = messages_of(row, where)
-        if not any(m["role"] == "assistant" and m["content"] for m in messages):
-            raise ValueError(f"{where}: there is no answer to learn")
-        while messages[-1]["role"] != "assistant":  # nothing is learned from what comes after
-            messages.pop()
-        return {"messages": messages, "position": position_of(row, messages[:-1], where)}
+    def encode(self, row):
+        *messages, answer = answered(row, "output")
+        learned = "all" if self.config.loss_on_prompt else "all answers"
+        rows, expected = [self.row([*messages, answer], learned)], {"expected": answer["content"]}
+        return {
+            "rows": rows,
+            "group": group_of(row, messages),
+            "messages": messages,
+            "expected": expected,
+        }
 
-    def encode(self, example):
-        return self.row(example["messages"], self.config.loss_on_prompt)
+    def count(self, example):
+        return sum(target != -100 for target in example["rows"][0][1])
+
+    def terms(self, examples):
+        idx, targets, _ = self.collate(examples)
+        return {"loss": -token_log_probs(self.gpt, idx, targets)[targets != -100]}
 
     def evaluate(self):
         metrics = super().evaluate()
-        return {**metrics, "val_perplexity": math.exp(metrics["val_loss"])}
-
-    def report(self, folder):
-        """Lets the model answer held-out prompts; writes responses.jsonl."""
-        print(format_metrics(self.evaluate()))
-        conversations = [example["messages"] for example in self.examples["val"][:MEASURED]]
-        prompts = [chat_prompt(asked, self.tokenizer, self.template) for *asked, _ in conversations]
-        answers, ended = zip(*map(self.text, self.answers(self.gpt, prompts, temperature=0)))
-        lines = [
-            {"messages": asked, "answer": answer, "expected": expected["content"]}
-            for (*asked, expected), answer in zip(conversations, answers)
-        ]
-        for line in lines[:3]:
-            print(f"\n{line['messages'][-1]['content']}\n-> {line['answer']}")
-        print(f"\n{sum(ended) / len(lines):.1%} of {len(lines)} answers stop by themselves")
-        write_lines(folder, "responses.jsonl", lines)
+        return {**metrics, "val_perplexity": perplexity(metrics["val_loss"])}
 
 
 # --- multiple choice ------------------------------------------------------------------------------
@@ -843,232 +538,145 @@ class Instruct(Task):
 class Choice(Task):
     """Which ending of a text is the likeliest? In the format of HellaSwag (Zellers et al. 2019)."""
 
-    def parse(self, row, where):
-        match row:
-            case {"ctx": str(text), "endings": [_, _, *_] as endings, "label": label}:
-                labels = [str(i) for i in range(len(endings))]
-                if all(e and isinstance(e, str) for e in endings) and str(label) in labels:
-                    return {"text": text, "endings": endings, "label": int(label)}
-        raise ValueError(f"{where}: give ctx, endings (two texts at least) and label (0, 1, ...)")
+    def encode(self, row):
+        text, endings, label = row["ctx"], row["endings"], int(row["label"])
+        if len(endings) < 2 or label not in range(len(endings)):
+            raise ValueError(f"label {label}, but {len(endings)} endings")
+        start = [self.end, *self.tokenizer.encode_ordinary(clean(text))]
+        endings = [" " + ending.strip() for ending in endings]
+        parts = [[(start, False), (self.tokenizer.encode_ordinary(e), True)] for e in endings]
+        rows = [to_row(part, self.block_size) for part in parts]
+        lengths = [len(ending.encode()) for ending in endings]
+        return {"rows": rows, "group": text, "label": label, "lengths": lengths}
 
-    def split(self, files):
-        return {"train": [], "val": files["train"], "test": []}
+    def terms(self, examples):
+        """Is the right ending the one of the highest log-probability, summed or per byte? (Much
+        like acc and acc_norm of the Language Model Evaluation Harness.)"""
+        found = {"loss": [], "accuracy": [], "accuracy_per_byte": []}
+        for example in examples:
+            idx, targets, _ = self.collate([example])
+            sums = token_log_probs(self.gpt, idx, targets).sum(1).cpu()
+            per_byte = sums / torch.tensor(example["lengths"])
+            found["loss"].append(-sums.log_softmax(0)[example["label"]])
+            found["accuracy"].append(sums.argmax() == example["label"])
+            found["accuracy_per_byte"].append(per_byte.argmax() == example["label"])
+        return {name: torch.stack(values).float() for name, values in found.items()}
 
-    def encode(self, example):
-        """[(idx, targets)] of the endings."""
-        start = [self.end, *self.tokenizer.encode_ordinary(example["text"].rstrip())]
-        endings = [self.tokenizer.encode_ordinary(" " + e.strip()) for e in example["endings"]]
-        self.cut += max(map(len, endings)) + len(start) > self.block_size + 1
-        return [to_row([(start, False), (end, True)], self.block_size) for end in endings]
-
-    @torch.no_grad()
-    def report(self, folder):
-        """Prints how often the right ending has the highest log-probability, as a sum and per byte
-        (much like acc and acc_norm of the Language Model Evaluation Harness)."""
-        by_sum = by_byte = 0
-        for example, encoded in zip(self.examples["val"], self.encoded["val"]):
-            idx, targets = self.machine.put(*self.collate(encoded))
-            sums = token_log_probs(self.gpt.eval(), idx, targets).sum(1).cpu()
-            lengths = torch.tensor([len(e.strip().encode()) + 1 for e in example["endings"]])
-            by_sum += int(sums.argmax()) == example["label"]
-            by_byte += int((sums / lengths).argmax()) == example["label"]
-        for name, right in {"summed": by_sum, "per byte": by_byte}.items():
-            share = right / len(self.examples["val"])
-            error = math.sqrt(share * (1 - share) / len(self.examples["val"]))
-            print(f"accuracy by log-probability {name}: {share:.4f} ± {error:.4f}")
+    def report(self, folder=None):
+        super().report(folder)
+        n = len(self.splits["test"])
+        print(f"standard error of the accuracy: {0.5 / math.sqrt(n):.4f} at most")
 
 
 # --- learning from preferences --------------------------------------------------------------------
 
 
 class Preferences(Task):
-    """Pairs of answers to a prompt, of which the first is preferred to the second.
+    """Pairs of answers to a prompt, of which the first is preferred to the second."""
 
-    Each kind adds measure(split) -> {name: (N,)}, about every pair. Their means are its evaluation.
-    """
+    kind = "preference"
 
-    file = "preference.jsonl"
-
-    def parse(self, row, where):
-        pair = {name: text_of(row, where, name) for name in ("chosen", "rejected")}
-        for name, text in pair.items():
-            if not text:
-                raise ValueError(f"{where}: {name} is empty")
-        return {**prompt_of(row, where), **pair}
-
-    def split(self, files):
-        kept = {
-            split: [e for e in examples if e["chosen"] != e["rejected"]]
-            for split, examples in files.items()
+    def encode(self, row):
+        *messages, chosen = answered(row, "chosen")
+        pair = [chosen["content"], answered(row, "rejected")[-1]["content"]]
+        rows = [self.row([*messages, as_answer(text)], "last answer") for text in pair]
+        expected = dict(zip(("chosen", "rejected"), pair))
+        return {
+            "rows": rows,
+            "group": group_of(row, messages),
+            "messages": messages,
+            "expected": expected,
         }
-        dropped = sum(map(len, files.values())) - sum(map(len, kept.values()))
-        print(f"dropped {dropped:,} pairs of equal answers")
-        return super().split(kept)
-
-    def conversations(self, example):
-        """The one that ends with the chosen answer, and that with the rejected one."""
-        return [answered(example["messages"], example[name]) for name in ("chosen", "rejected")]
-
-    def means(self, split):
-        return {name: values.mean().item() for name, values in self.measure(split).items()}
-
-    def evaluate(self):
-        return {f"val_{name}": mean for name, mean in self.means("val").items()}
-
-    def report(self, folder):
-        for split in self.filled:
-            print(f"{split:5}", format_metrics(self.means(split)), sep="  ")
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
-    """Direct preference optimisation: Rafailov et al. 2023, equation 7.
+    """Direct preference optimization: Rafailov et al. 2023, equation 7.
 
-    Takes log-probabilities of whole answers, (P,), under the model and under its reference, which
-    it starts as. Returns losses and margins, β[log π/ρ of the chosen − log π/ρ of the rejected].
+    Takes log-probabilities of whole answers, (P,), under the model and under its reference, the
+    model at the start. Returns losses and margins, β[log π/ρ of the chosen − log π/ρ of the rejected].
     """
     margins = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
     return -F.logsigmoid(margins), margins
 
 
-class DPOModel(nn.Module):
-    def __init__(self, gpt, beta):
-        super().__init__()
-        self.gpt, self.beta = gpt, beta
-
-    def forward(self, idx, targets, reference):
-        chosen, rejected = token_log_probs(self.gpt, idx, targets).sum(1).chunk(2)
-        return dpo_loss(chosen, rejected, *reference.chunk(2), self.beta)[0].mean()
-
-
 class DPO(Preferences):
-    """Makes the chosen answers likelier than the rejected, without going far from the reference,
-    which is the model at the start."""
+    """Makes the chosen answers likelier than the rejected ones, near the reference."""
 
-    defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4, "beta": 0.1}
-    columns = ("val_loss", "val_accuracy", "val_margin", "val_chosen", "val_rejected")
+    writes = True
 
-    def make_model(self):
-        return DPOModel(self.gpt, self.config.beta)
+    def set_up(self):
+        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
 
-    def encode(self, example):
-        """idx and targets of the chosen answer, then of the rejected one, and the reference's log p
-        of both: 0 until prepare fills them in, and so with --eval_only, whose margins are the
-        model's own."""
-        chosen, rejected = map(self.row, self.conversations(example))
-        return [*chosen, *rejected, 0.0, 0.0]
-
-    def collate(self, encoded):
-        """-> idx (2P, T), targets (2P, T), reference (2P,): all chosen, then all rejected."""
-        rows = [lists[:2] for lists in encoded] + [lists[2:4] for lists in encoded]
-        reference = torch.tensor([lists[4:] for lists in encoded]).T.flatten()
-        return *super().collate(rows), reference
-
-    def prepare(self):
-        super().prepare()
-        for split in self.filled:
-            for lists, reference in zip(self.encoded[split], self.log_probs(split).tolist()):
-                lists[4:] = reference
-
-    def log_probs(self, split):
-        """Log-probabilities of a split's answers, chosen and rejected: (N, 2)."""
-
-        def of_batch(idx, targets, reference):
-            return token_log_probs(self.gpt, idx, targets).sum(1).view(2, -1).T
-
-        return self.outputs(split, of_batch)
-
-    def measure(self, split):
-        chosen, rejected = self.log_probs(split).T
-        reference = torch.tensor([lists[4:] for lists in self.encoded[split]]).T
-        losses, margins = dpo_loss(chosen, rejected, *reference, self.config.beta)
-        right = (margins > 0).float()
-        answers = {"chosen": chosen, "rejected": rejected}
-        return {"loss": losses, "accuracy": right, "margin": margins, **answers}
-
-
-class RewardModel(WithHead):
-    """A number for a conversation that ends with an answer: how good that is."""
-
-    def __init__(self, gpt):
-        super().__init__(gpt, outputs=1)
-        # Stiennon et al. 2020, appendix B.1
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(gpt.config.n_embd + 1))
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, idx, last):
-        """Bradley-Terry, −log σ(r_chosen − r_rejected): Ouyang et al. 2022, equation 1."""
-        chosen, rejected = self.scores(idx, last)[:, 0].chunk(2)
-        return -F.logsigmoid(chosen - rejected).mean()
+    def terms(self, examples):
+        idx, targets, _ = self.collate(examples)  # chosen and rejected answers in turn
+        log_probs = token_log_probs(self.gpt, idx, targets).sum(1).view(-1, 2)  # (P, 2)
+        with torch.no_grad():
+            reference = token_log_probs(self.reference.eval(), idx, targets).sum(1).view(-1, 2)
+        losses, margins = dpo_loss(*log_probs.T, *reference.T, self.config.beta)
+        accuracy = (margins > 0) + 0.5 * (margins == 0)  # at the start all margins are 0
+        chosen, rejected = log_probs.T
+        return {
+            "loss": losses,
+            "accuracy": accuracy,
+            "margin": margins,
+            "chosen": chosen,
+            "rejected": rejected,
+        }
 
 
 class Reward(Preferences):
-    """Scores answers, the better the higher; the mean of those in training is 0."""
+    """Scores answers, the better the higher: Bradley-Terry, −log σ(r_chosen − r_rejected) (Ouyang
+    et al. 2022, equation 1). In best.pt the training answers have mean 0 and standard deviation 1.
+    """
 
-    defaults: ClassVar = Task.defaults | {"dropout": 0.2}
-    columns, has_head = ("val_loss", "val_accuracy", "val_chosen", "val_rejected"), True
+    def set_up(self):
+        # Stiennon et al. 2020, appendix B.1
+        self.add_head(1, std=1 / math.sqrt(self.gpt.config.n_embd + 1))
 
-    def make_model(self):
-        return RewardModel(self.gpt)
+    def scores_of(self, examples):
+        idx, _, last = self.collate(examples)
+        return self.scores(self.gpt.hidden(idx), last)[:, 0]  # (R,)
 
-    def encode(self, example):
-        """The tokens of the conversation with the chosen answer, then with the rejected one."""
-        return list(map(self.tokens, self.conversations(example)))
+    def terms(self, examples):
+        chosen, rejected = self.scores_of(examples).view(-1, 2).T
+        accuracy = (chosen > rejected) + 0.5 * (chosen == rejected)
+        loss = -F.logsigmoid(chosen - rejected)
+        return {"loss": loss, "accuracy": accuracy, "chosen": chosen, "rejected": rejected}
 
-    def tokens(self, messages):
-        parts = chat_parts(messages, self.tokenizer, self.template)
-        self.cut += sum(len(part) for part, _ in parts) > self.block_size
-        idx, targets = to_row(parts, self.block_size - 1)
-        return [*idx, targets[-1]]  # with the end token, where the head reads
+    def best_checkpoint(self):
+        scores = torch.cat(self.in_batches("train", self.scores_of))
+        best, head = super().best_checkpoint(), self.model["head"]
+        weight, bias = head.weight.detach(), head.bias.detach()
+        std = scores.std()
+        return {**best, "head": {"weight": weight / std, "bias": (bias - scores.mean()) / std}}
 
-    def collate(self, encoded):
-        """-> idx (2P, T), where the last token is (2P,): all that are chosen, then the others."""
-        chosen, rejected = zip(*encoded)
-        return pad_and_last(chosen + rejected, self.end)
-
-    @torch.no_grad()
     def score(self, conversations):
-        """Lists of messages -> their scores, (N,)."""
-        tensors = pad_and_last(list(map(self.tokens, conversations)), self.end)
-        return self.model.eval().scores(*self.machine.put(*tensors))[:, 0].float().cpu()
-
-    def pair_scores(self, split):
-        """Scores of a split's answers, chosen and rejected: (N, 2)."""
-        return self.outputs(split, lambda idx, last: self.model.scores(idx, last).view(2, -1).T)
-
-    def measure(self, split):
-        chosen, rejected = self.pair_scores(split).T
-        losses, right = -F.logsigmoid(chosen - rejected), (chosen > rejected).float()
-        return {"loss": losses, "accuracy": right, "chosen": chosen, "rejected": rejected}
-
-    def best(self):
-        best, mean = super().best(), self.pair_scores("train").mean().to(self.machine.device)
-        return {**best, "head": {**best["head"], "bias": best["head"]["bias"] - mean}}
+        """Lists of messages -> their scores, (N,), on the CPU."""
+        self.splits["asked"] = [{"rows": [self.row(messages)]} for messages in conversations]
+        return torch.cat(self.in_batches("asked", self.scores_of)).cpu()
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation in JSON, as a line of a file is."""
-        messages = answered([], clean(text))
+        messages = [as_answer(clean(text))]
         if text.startswith("{"):
-            messages = messages_of(parse_json(text.encode(), "--predict"), "--predict")
-        if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
-            raise ValueError("--predict: there is no answer to score")
+            messages = answered(json.loads(text), "output")
         print(f"{self.score([messages]).item():+.4f}")
 
 
 # --- reinforcement learning -----------------------------------------------------------------------
 
-# Simpler than InstructGPT's (Ouyang et al. 2022): the value function is a head on the policy's
-# trunk, since a model of its own would cost as much again; there is no pretraining term (PPO-ptx),
-# since the KL penalty is enough at this size; the penalty's coefficient is fixed, so that a run can
-# be understood; and prompts come from a file, not from people.
+# Simpler than InstructGPT (Ouyang et al. 2022): PPO's value function is a head on the policy, since
+# a model of its own would cost as much again; there is no pretraining loss (PPO-ptx), since the KL
+# penalty is enough at this size; its coefficient is fixed; and prompts come from a file.
 
 GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
 CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
-EPOCHS, PARTS = 4, 4  # an iteration goes so often through its answers, in so many parts
+PASSES, PARTS = 4, 4  # a step goes so often through its answers, in so many parts
 UNFINISHED = -1.0  # added to the score of an answer that does not end
 
 
 def advantages_of(rewards, values, mask):
-    """Generalised advantage estimation: Schulman et al. 2016, equation 16.
+    """Generalized advantage estimation: Schulman et al. 2016, equation 16.
 
     All (B, T): at t the state that predicts token t + 1; mask marks those whose token belongs to
     the answer. A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 at the end.
@@ -1089,276 +697,407 @@ def whiten(values, mask):
     return torch.where(mask, (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0)
 
 
-def ppo_loss(log_probs, old_log_probs, advantages, mask):
-    """The clipped objective, negated: Schulman et al. 2017, equation 7. Also the clipped share."""
+def clipped_loss(log_probs, old_log_probs, advantages):
+    """The clipped objective, negated: Schulman et al. 2017, equation 7; and the clipped share."""
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
     losses = -torch.min(ratio * advantages, clipped * advantages)
-    return losses[mask].mean(), (ratio != clipped)[mask].float().mean()
+    return losses.mean(), (ratio != clipped).float().mean()
 
 
-class ActorCritic(WithHead):
-    """A GPT that also says what score it expects."""
+class Policy(Task):
+    """Makes answers likelier that a reward model scores higher, near the reference, the model at
+    the start. A step samples answers to some prompts, then trains on them for some passes."""
 
-    def __init__(self, gpt):
-        super().__init__(gpt, outputs=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+    kind = "preference"
+    curves = ("score", "val_score")
+    writes = True
+    group_size = 1  # answers to a prompt
+    stats = None
 
-    def forward(self, idx, targets):
-        """-> log p of the targets, entropy and value of the states before them, (B, T) each; 0
-        where there is no target."""
-        mask = targets != -100
-        x = self.gpt.hidden(idx)
-        all_log_probs = self.gpt.lm_head(x[mask]).float().log_softmax(-1)  # (N, vocab_size)
-        log_probs = all_log_probs.gather(-1, targets[mask][:, None])[:, 0]
-        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
-        values = self.head(x[mask])[:, 0].float()
-        empty = torch.zeros(targets.shape, device=idx.device)
-        return tuple(empty.masked_scatter(mask, found) for found in (log_probs, entropy, values))
+    def set_up(self):
+        config, machine = self.config, self.machine
+        self.reference = copy.deepcopy(self.gpt).to(machine.device).requires_grad_(False).eval()
+        how = {"task": "reward", "init_from": config.reward_model, "predict": "-", "batch_size": 16}
+        checkpoint = load_checkpoint(config.reward_model)
+        self.score = Reward(FinetuneConfig(**how), machine, checkpoint).score
 
+    def encode(self, row):
+        messages = prompt_of(row)
+        prompt = self.prompt({"messages": messages})
+        expected = {"expected": row["output"]} if "output" in row else {}
+        group = group_of(row, messages)
+        return {"rows": [(prompt, [])], "group": group, "messages": messages, "expected": expected}
 
-class PPOTrainer(Trainer):
-    """The same loop, with an iteration of PPO for a step."""
+    def respond(self, examples, seed):
+        """Samples an answer to each: temperature 1 and all tokens, as the policy's distribution is.
 
-    def take_step(self):
-        config, state, task = self.config, self.state, self.task
-        start = time.perf_counter()
-        self.set_learning_rate()
-        seed_dropout(self.machine.device, config.seed, state["step"])
-        tensors, self.stats = task.experience(state["step"])
-        rng = np.random.default_rng([config.seed, state["step"]])
-        n, measured = len(tensors[0]), []
-        for _ in range(EPOCHS):
-            for part in np.array_split(rng.permutation(n), min(PARTS, n)):
-                with self.machine.autocast():
-                    loss, *more = task.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))
-                self.machine.scaler.scale(loss).backward()
-                self.update(loss.item())
-                measured.append([loss.item(), *more])
-        loss, *means = np.mean(measured, axis=0).tolist()
-        self.losses.append(loss)
-        self.stats |= dict(zip(("clipped", "value_loss"), means))
-        state["step"] += 1
-        state["tokens"] += int((tensors[1] != -100).sum())
-        state["seconds"] += time.perf_counter() - start
-
-    def reason_to_stop(self):
-        kl, max_kl = self.stats.get("kl", 0.0), self.config.max_kl
-        if kl > max_kl:
-            return f"the KL from the start is {kl:.1f} nats, --max_kl={max_kl}"
-        return super().reason_to_stop()
-
-
-class PPO(Task):
-    """Makes answers likelier that score higher, without going far from the reference, which is the
-    model at the start. A step of the trainer is an iteration: answers to a batch of prompts, then
-    some epochs on them."""
-
-    defaults: ClassVar = {
-        "batch_size": 32,
-        "dropout": 0.0,
-        "learning_rate": 3e-5,
-        "max_iters": 100,
-        "eval_interval": 10,
-        "log_interval": 1,
-        "beta": 0.1,
-        "max_new_tokens": 48,
-    }
-    trainer = PPOTrainer
-    stats = ("score", "kl", "entropy", "clipped", "value_loss", "length", "ended")
-    columns = ("val_loss", "val_score", "val_kl", *stats)
-    file = "preference.jsonl"
-
-    def make_model(self):
-        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
-        self.score, digest = load_reward(self.config.reward_model, self.machine)
-        self.digest += digest  # a resumed run must have the same
-        return ActorCritic(self.gpt)
-
-    def parse(self, row, where):
-        return prompt_of(row, where)
-
-    def encode(self, example):
-        prompt = chat_prompt(example["messages"], self.tokenizer, self.template)
-        limit = self.block_size - self.config.max_new_tokens
-        if limit < 1:
-            raise ValueError(f"--max_new_tokens: below the context's {self.block_size}, please")
-        self.cut += len(prompt) > limit
-        return (prompt[-limit:],)
-
-    def respond(self, gpt, split, numbers, seed):
-        """Samples an answer of gpt to each of these prompts: temperature 1 and all tokens, so that
-        gpt is the distribution they come from.
-
-        Returns idx, targets (B, T), scores (B,), where the answers ended by themselves (B,), texts.
+        Returns idx, targets (B, T), scores (B,), and whether the answers end, (B,).
         """
-        prompts = [self.encoded[split][i][0] for i in numbers]
         generator = torch.Generator(self.machine.device).manual_seed(seed)
-        answers = self.answers(gpt, prompts, generator=generator)
-        texts, ended = zip(*map(self.text, answers))
-        asked = [self.examples[split][i]["messages"] for i in numbers]
-        ended = torch.tensor(ended)
-        scores = self.score(list(map(answered, asked, texts))) + UNFINISHED * ~ended
-        rows = [to_row([(p, False), (a, True)], self.block_size) for p, a in zip(prompts, answers)]
-        return *self.machine.put(*self.collate(rows), scores), ended, texts
+        answers = self.answers(self.gpt, examples, generator=generator)
+        asked = [[*e["messages"], as_answer(self.text(a))] for e, a in zip(examples, answers)]
+        ended = torch.tensor([answer[-1] == self.end for answer in answers])
+        scores = self.score(asked) + UNFINISHED * ~ended
+        parts = [[(self.prompt(e), False), (a, True)] for e, a in zip(examples, answers)]
+        idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
+        return idx, targets, *self.machine.put(scores, ended)
 
-    @torch.no_grad()
-    def experience(self, iteration):
-        """Answers to an iteration's prompts: what loss takes, (B, T) each, and statistics."""
-        numbers = self.shuffled.batch(iteration)
-        seed = int(np.random.SeedSequence((self.config.seed, iteration)).generate_state(1)[0])
-        idx, targets, scores, ended, _ = self.respond(self.gpt, "train", numbers, seed)
+    def states(self, gpt, idx, targets):
+        """-> log p of the targets, (N,), and the hidden states that predict them, (N, C)."""
         mask = targets != -100
-        self.model.eval()
-        with self.machine.autocast():
-            log_probs, entropy, values = self.model(idx, targets)
-            reference = token_log_probs(self.reference, idx, targets)
+        x = gpt.hidden(idx)[mask]
+        return -next_token_losses(gpt.lm_head, x, targets[mask]), x
+
+    def updates(self, state):
+        """Samples answers, then yields an update for each part of them in each pass."""
+        config, numbers = self.config, self.batches[state["step"]]
+        examples = [self.splits["train"][i] for i in numbers for _ in range(self.group_size)]
+        seed = int(np.random.SeedSequence((config.seed, state["step"])).generate_state(1)[0])
+        idx, targets, scores, ended = self.respond(examples, seed)
+        mask = targets != -100
+        with torch.no_grad(), self.machine.autocast():
+            log_probs, x = self.states(self.gpt, idx, targets)
+            reference, _ = self.states(self.reference, idx, targets)
+            place = torch.zeros(mask.shape, device=idx.device)
+            drift = place.masked_scatter(
+                mask, log_probs - reference
+            )  # (B, T); its sum estimates KL
+            advantages, more = self.judge(scores, drift, mask, x)
+        old = place.masked_scatter(mask, log_probs)
+        tensors = (idx, targets, old, advantages, more)
+        measured, rng = [], np.random.default_rng([config.seed, state["step"]])
+        for _ in range(PASSES):
+            for part in np.array_split(rng.permutation(len(idx)), min(PARTS, len(idx))):
+                with self.machine.autocast():
+                    loss, *values = self.loss(
+                        *(tensor[torch.from_numpy(part)] for tensor in tensors)
+                    )
+                measured.append(values)
+                yield [loss]
+        kl = drift.sum(1).mean().item()
+        self.stats = {
+            "score": scores.mean().item(),
+            "kl": kl,
+            "length": mask.sum().item() / len(idx),
+        }
+        self.stats |= {"ended": ended.float().mean().item()}
+        self.stats |= dict(zip(("clipped", "extra_loss"), torch.tensor(measured).mean(0).tolist()))
+        self.stop = f"KL {kl:.1f} from the start (--max_kl)" if kl > config.max_kl else None
+        state["examples"] += len(examples)
+        state["tokens"] += int(mask.sum())
+
+    def evaluate(self):
+        """The best checkpoint is that of the highest score, less beta times the KL."""
+        metrics = self.measure("val")
+        value = metrics["score"] - self.config.beta * metrics["kl"]
+        return {"val_loss": -value, "val_score": metrics["score"], "val_kl": metrics["kl"]}
+
+    def measure(self, split):
+        idx, targets, scores, _ = self.respond(self.splits[split][:100], seed=0)
+        with torch.no_grad(), self.machine.autocast():
+            (log_probs, _), (reference, _) = (
+                self.states(gpt.eval(), idx, targets) for gpt in (self.gpt, self.reference)
+            )
         self.model.train()
-        drift = log_probs - reference  # its sum over an answer is, in the mean, the KL
+        kl = (log_probs - reference).sum().item() / len(idx)
+        return {"score": scores.mean().item(), "kl": kl}
+
+
+class PPO(Policy):
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic says what
+    score it expects of each token, so credit goes to single tokens."""
+
+    def set_up(self):
+        super().set_up()
+        self.critic = self.model["head"] = nn.Linear(self.gpt.config.n_embd, 1)
+        nn.init.zeros_(self.critic.weight)
+        nn.init.zeros_(self.critic.bias)
+
+    def judge(self, scores, drift, mask, x):
+        """-> whitened advantages and returns, (B, T). Each token costs β (log π − log ρ); the last
+        one earns the score."""
+        values = torch.zeros_like(drift).masked_scatter(mask, self.critic(x)[:, 0].float())
         rewards = -self.config.beta * drift
         last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # where each answer ends
-        rewards[torch.arange(len(idx)), last] += scores
+        rewards[torch.arange(len(rewards)), last] += scores
         advantages = advantages_of(rewards, values, mask)
-        stats = {
-            "score": scores.mean().item(),
-            "kl": drift.sum(1).mean().item(),
-            "entropy": entropy[mask].mean().item(),
-            "length": mask.sum(1).float().mean().item(),
-            "ended": ended.float().mean().item(),
-        }
-        return (idx, targets, log_probs, whiten(advantages, mask), advantages + values), stats
+        return whiten(advantages, mask), advantages + values
 
     def loss(self, idx, targets, old_log_probs, advantages, returns):
         """-> loss, clipped share, value loss."""
         mask = targets != -100
-        log_probs, _, values = self.model(idx, targets)
-        loss, clipped = ppo_loss(log_probs, old_log_probs, advantages, mask)
-        value_loss = (values - returns)[mask].square().mean() / 2
-        return loss + VALUE_WEIGHT * value_loss, clipped.item(), value_loss.item()
-
-    @torch.no_grad()
-    def held_out(self, gpt):
-        """What gpt answers to held-out prompts: scores, their KL from the reference, texts."""
-        numbers = range(len(self.encoded["val"]))[:MEASURED]
-        idx, targets, scores, _, texts = self.respond(gpt, "val", numbers, seed=0)
-        with self.machine.autocast():
-            drift = token_log_probs(gpt, idx, targets)
-            drift -= token_log_probs(self.reference, idx, targets)
-        self.model.train()
-        return scores, drift.sum(1).mean().item(), texts
-
-    def evaluate(self):
-        scores, kl, _ = self.held_out(self.gpt)
-        score = scores.mean().item()
-        return {"val_loss": -score, "val_score": score, "val_kl": kl}
-
-    def report(self, folder):
-        """Writes held-out answers of the reference and of the model, side by side."""
-        old_scores, _, old_texts = self.held_out(self.reference)
-        scores, kl, texts = self.held_out(self.gpt)
-        print(
-            f"held out: mean score {old_scores.mean():+.3f} -> {scores.mean():+.3f} at KL {kl:.2f}"
-        )
-        pairs = zip(old_scores.tolist(), scores.tolist())
-        lines = [
-            {"messages": example["messages"], "before": old, "after": new, "scores": pair}
-            for example, old, new, pair in zip(self.examples["val"], old_texts, texts, pairs)
-        ]
-        for line in lines[:5]:
-            print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
-        write_lines(folder, "responses.jsonl", lines)
+        log_probs, x = self.states(self.gpt, idx, targets)
+        loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
+        value_loss = (self.critic(x)[:, 0].float() - returns[mask]).square().mean() / 2
+        return loss + VALUE_WEIGHT * value_loss, clipped, value_loss.detach()
 
 
-def load_reward(path, machine):
-    """A checkpoint of --task=reward -> the function from conversations to scores, and a digest."""
-    checkpoint = load_checkpoint(path)
-    # a text to predict, though none is predicted, means: load the head, and no examples
-    reward = Reward(FinetuneConfig(task="reward", predict=""), machine, checkpoint, path)
-    reward.model.to(machine.device)
-    return reward.score, weights_digest(checkpoint)
+class GRPO(Policy):
+    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"). Several answers to the
+    same prompt judge each other: A_i = (s_i − mean s) / std s. Take it when scores come once an
+    answer and sampling is cheap; take PPO when answers are long or samples dear, since its critic
+    learns from every answer what to expect."""
+
+    def set_up(self):
+        super().set_up()
+        self.group_size = self.config.group_size
+
+    def judge(self, scores, drift, mask, x):
+        """-> advantages, the same for all tokens of an answer, and the reference's drift, (B, T)."""
+        groups = scores.view(-1, self.group_size)
+        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        return advantages.view(-1, 1) * mask, drift
+
+    def loss(self, idx, targets, old_log_probs, advantages, drift):
+        """-> loss, clipped share, KL: ρ/π − log ρ/π − 1, an estimate that is never negative."""
+        mask = targets != -100
+        log_probs, _ = self.states(self.gpt, idx, targets)
+        loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
+        log_ratio = (old_log_probs - drift)[mask] - log_probs  # log ρ/π
+        kl = (log_ratio.exp() - log_ratio - 1).mean()
+        return loss + self.config.beta * kl, clipped, kl.detach()
 
 
-# --- the whole way --------------------------------------------------------------------------------
+# --- files, examples, batches ---------------------------------------------------------------------
+
+
+def manual_examples(kind):
+    """Yields (module, row) from the docstrings of Python's library, grouped by module.
+
+    classify: a docstring, and the package it is from, one of those that have many modules.
+    instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring; for every fourth,
+    also where it is. preference: an explanation, and as a worse one that of something else.
+    """
+    entries = [(module, title, clean(text)) for module, title, text in library_docstrings()]
+    if kind == "classify":
+        modules = collections.Counter(module.split(".")[0] for module in {m for m, _, _ in entries})
+        sizes = collections.Counter(module.split(".")[0] for module, _, _ in entries)
+        entries.sort(key=lambda entry: position(entry[1]))
+        taken = collections.Counter()
+        for module, _, text in entries:
+            label = module.split(".")[0]
+            taken[label] += 1
+            if modules[label] >= 10 and sizes[label] >= 150 and taken[label] <= 300 and text:
+                yield module, {"text": text, "label": label, "group": module}
+        return
+    # neighbors are of the same split, so that no explanation stands in two
+    entries.sort(key=lambda entry: position(entry[0]))
+    explained = []
+    for module, title, text in entries:
+        paragraph = " ".join(text.split("\n\n")[0].split())
+        sentence = re.match(r".*?[.!?](?= |$)|.*", paragraph)[0]
+        if "._" not in title.split("(")[0] and 20 <= len(sentence) <= 200 and len(title) <= 100:
+            explained.append((module, title, sentence))
+    for i, (module, title, sentence) in enumerate(explained):
+        row = {"group": module, "instruction": f"Explain {title}."}
+        if kind == "preference":
+            worse = explained[i - 50][2]
+            yield module, {**row, "chosen": sentence, "rejected": worse}
+            continue
+        yield module, {**row, "output": sentence}
+        if i % 4 == 1:
+            question = f"Where is {title.split('(')[0]}?"
+            yield module, {**row, "instruction": question, "output": f"In the module {module}."}
+
+
+def split_of(group, config):
+    """The split of a row without a file of its own: a hash of its "group" or its prompt decides, so
+    equal ones fall on one side. The manual's pages of these modules are held out by the same rule.
+    """
+    place = position(group)
+    if place < 0.1 and not config.val:
+        return "val"
+    return "test" if 0.1 <= place < 0.2 and not config.test else "train"
+
+
+def read_rows(path, columns=()):
+    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}.
+
+    A .tsv file of two columns with neither of these names in its first line has no header.
+    """
+    path = pathlib.Path(path)
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".json"):
+        yield from read_json(path)
+    elif kind not in (".csv", ".tsv"):
+        raise ValueError(f"{path}: give a .jsonl, .json, .csv or .tsv file")
+    else:
+        with damaged(path):
+            text = path.read_bytes().decode("utf-8-sig")
+            first = text.partition("\n")[0]
+            delimiter = "\t" if kind == ".tsv" else ";" if "," not in first else ","
+            quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
+            lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
+            rows = [(f"{path}, line {lines.line_num}", row) for row in lines if row]
+        names = [name.strip().lower() for name in rows[0][1]] if rows else []
+        if kind == ".tsv" and len(names) == len(columns) and not {*names} & {*columns}:
+            names = columns
+        else:
+            del rows[:1]
+        for where, row in rows:
+            if len(row) != len(names):
+                raise ValueError(f"{where}: {len(row)} columns, but {len(names)} names")
+            yield where, dict(zip(names, row))
+
+
+def text_of(row, *names):
+    """The text in the first of these columns that the row has, cleaned."""
+    for name in names:
+        value = row.get(name, row.get(name.lower()))
+        if value is not None:
+            if not isinstance(value, (str, int, float)) or not (text := clean(str(value))):
+                raise ValueError(f"{name} is empty or not text")
+            return text
+    found = ", ".join(str(name)[:40] for name in row)
+    raise ValueError(f"no column {' or '.join(names)} (found: {found})")
+
+
+def as_answer(text):
+    return {"role": "assistant", "content": text}
+
+
+def prompt_of(row):
+    """The conversation before the answer, [{"role", "content"}, ...]: from "messages", "prompt" or
+    "chosen", lists of messages, or from the texts "instruction" (or "prompt") and "input"."""
+    for name in ("messages", "prompt", "chosen"):
+        if isinstance(row.get(name), list):
+            messages = [{"role": m["role"], "content": clean(m["content"])} for m in row[name]]
+            if any(m["role"] not in ("system", "user", "assistant") for m in messages):
+                raise ValueError("roles are system, user and assistant")
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            break
+    else:
+        text = text_of(row, "instruction", "prompt")
+        text += f"\n\n### Input:\n{text_of(row, 'input')}" if row.get("input") else ""
+        messages = [{"role": "user", "content": text}]
+    if not any(message["content"] for message in messages):
+        raise ValueError("there is no prompt")
+    return messages
+
+
+def answered(row, name):
+    """prompt_of and the answer: the text in this column, or the last message."""
+    value = row.get(name, row.get("messages"))
+    if isinstance(value, list):
+        answers = [clean(m["content"]) for m in value if m["role"] == "assistant"]
+        if not answers or not answers[-1]:
+            raise ValueError("there is no answer to learn")
+        return [*prompt_of(row), as_answer(answers[-1])]
+    return [*prompt_of(row), as_answer(text_of(row, name))]
+
+
+def group_of(row, messages):
+    """What no split divides: the row's "group", or the prompt."""
+    return str(row.get("group") or "\n".join(message["content"] for message in messages))
+
+
+def to_row(parts, block_size, learned="all answers"):
+    """[(tokens, is_answer), ...] -> idx, targets: lists of one length, at most block_size.
+
+    A target is the token after its idx, or -100 where that is not learned: learned is "all answers",
+    "last answer" or "all". What is too long is cut: first the tokens before the last answer, from
+    the oldest on; if the answer alone is still too long, its end.
+    """
+    tokens = [token for part, _ in parts for token in part]
+    last_answer = len(tokens) - len(parts[-1][0])
+    flags = [is_answer or learned == "all" for part, is_answer in parts for _ in part]
+    if learned == "last answer":
+        flags = [i >= last_answer for i in range(len(tokens))]
+    targets = [token if flag else -100 for token, flag in zip(tokens[1:], flags[1:])] + [-100]
+    start = max(0, min(len(tokens) - block_size, last_answer - 1))
+    return tokens[start : start + block_size], targets[start : start + block_size]
+
+
+class Batches:
+    """An endless, reproducible sequence of batches, each of examples of about the same length.
+
+    Every epoch shuffles the examples, sorts each 32 batches of them by length, and shuffles the
+    batches. batches[n], the numbers of the examples in it, depends on seed and n alone.
+    """
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
+        self.per_epoch, self.epoch = math.ceil(len(lengths) / batch_size), None
+
+    def __getitem__(self, n):
+        epoch, i = divmod(n, self.per_epoch)
+        if epoch != self.epoch:
+            rng, size = np.random.default_rng([self.seed, epoch]), self.batch_size
+            order = rng.permutation(len(self.lengths))
+            chunks = np.split(order, range(32 * size, len(order), 32 * size))
+            order = np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
+            batches = np.split(order, range(size, len(order), size))
+            self.batches = [batches[i] for i in rng.permutation(len(batches))]
+            self.epoch = epoch
+        return self.batches[i]
+
+
+# --- main -----------------------------------------------------------------------------------------
 
 TASKS = {"classify": Classify, "instruct": Instruct, "choice": Choice}
-TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO}
+TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO, "grpo": GRPO}
 
 
-def weights_digest(checkpoint):
-    """Stands for the weights of a model, and of its head."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted({**checkpoint["model"], **checkpoint.get("head", {})}.items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def settle(config):
+    """Fills in the task's defaults and refuses what does not go together."""
+    task = TASKS.get(config.task)
+    if task is None:
+        raise ValueError(f"--task={config.task}: there are {', '.join(TASKS)}")
+    has_head = task in (Classify, Reward)
+    weights = ("all", "last_block", "lora") + (("head",) if has_head else ())
+    for flag, choices in {"train": weights, "template": ("", "roles", "alpaca")}.items():
+        if getattr(config, flag) not in choices:
+            raise ValueError(f"--{flag}={getattr(config, flag)}: give {', '.join(choices)}")
+    if config.predict and not has_head:
+        raise ValueError("--predict is for --task=classify and --task=reward")
+    if config.task == "choice" and not config.data:
+        raise ValueError("--task=choice: give the questions, --data=FILE")
+    config.eval_only |= task is Choice
+    config.out_dir = config.out_dir or f"out/{config.task}"
+    for name, value in {**SHARED_DEFAULTS, **DEFAULTS[config.task]}.items():
+        if not getattr(config, name):
+            setattr(config, name, value)
+    models = [config.init_from] + [config.reward_model] * issubclass(task, Policy)
+    for model in map(pathlib.Path, models):
+        needed = (model.resolve(), model.resolve().parent)
+        if not config.predict and pathlib.Path(config.out_dir).resolve() in needed:
+            raise ValueError(f"--out_dir={config.out_dir} holds {model}, which is needed")
 
 
-def resumed_run(flags):
-    """The config and the last.pt of a run that is to go on."""
-    task = flags.get("task", FinetuneConfig.task)
-    path = pathlib.Path(flags.get("out_dir", f"out/{task}"), "last.pt")
-    saved = load_checkpoint(path)
-    config = merge_flags(FinetuneConfig, saved, flags, path)
-    if config.eval_only or config.predict is not None:
-        raise ValueError(f"--init_from=resume is for training; --init_from={path.parent} measures")
-    match saved:
-        case {"base": {"path": str()}}:
-            return config, saved
-    raise ValueError(f"{path}: damaged, or not a run of finetune.py")
-
-
-def check_out_dir(out_dir, models):
-    """Raises ValueError where one of the models that are needed would be moved aside."""
-    for model in models:
-        path = pathlib.Path(model).resolve()
-        if out_dir.resolve() in (path, *path.parents):
-            raise ValueError(f"--out_dir={out_dir}: holds a model that is needed; name another one")
-
-
-@script
-@explain_out_of_memory()
 def main(argv=None):
-    flags = parse_flags(FinetuneConfig, __doc__, argv)
-    if flags.get("init_from") == "resume":
-        config, saved = resumed_run(flags)
-        path = saved["base"]["path"]
-    else:
-        config, saved = FinetuneConfig(**flags), None
-        path = config.init_from
-    out_dir = pathlib.Path(config.out_dir)
-    machine, start = Machine(config), load_checkpoint(path)
+    flags = vars(flag_parser(FinetuneConfig, __doc__).parse_args(argv))
+    config, saved = FinetuneConfig(**flags), None
+    if config.init_from == "resume":
+        out_dir = config.out_dir or f"out/{config.task}"
+        config, saved = load_run(FinetuneConfig, {**flags, "out_dir": out_dir})
+    settle(config)
+    machine = Machine(config)
     if machine.world_size > 1:
         raise ValueError("finetune.py runs as one process: start it without torchrun")
-    path = str(pathlib.Path(path).resolve()) if pathlib.Path(path).exists() else path
+    checkpoint = load_checkpoint(config.init_from)
     torch.manual_seed(config.seed)
-    task = TASKS[config.task](config, machine, start, path)
-    task.base = {"path": path, "digest": weights_digest(start)}
-    if saved and saved["base"] != task.base:
-        raise ValueError(f"{path}: not the model any more that {out_dir}/last.pt was begun with")
-    task.model.to(machine.device)
-    if config.predict is not None:
-        task.predict(config.predict)
-        return
+    task = TASKS[config.task](config, machine, checkpoint)
+    if config.predict:
+        return task.predict(config.predict)
     if config.eval_only:
-        task.report(None)
-        return
-    check_out_dir(out_dir, [path, config.reward_model] if config.task == "ppo" else [path])
-    task.prepare()
-    if saved:
-        task.resume(saved, out_dir / "last.pt")
-    task.model.train()
-    trainer = task.trainer(config, machine, task, saved)
-    with sole_owner(out_dir):
-        if not saved:
-            set_aside(out_dir)
-            metrics = task.evaluate()
-            print("before:", format_metrics(metrics), sep="  ")
-            trainer.save(metrics["val_loss"])  # so that best.pt is never worse than the start
-        trainer.run()
-        task.take(load_checkpoint(out_dir / "best.pt"))
-        task.report(out_dir)
+        return task.report()
+    folder = pathlib.Path(config.out_dir)
+    with lock(folder):
+        task.prepare()
+        _, before = task.held_out_answers()
+        if saved:
+            with damaged(folder / "last.pt"):
+                task.model.load_state_dict(saved["model"])
+        else:
+            print("before:", format_metrics(task.evaluate()), sep="  ")
+        train(config, machine, task, saved)
+        if (folder / "best.pt").exists():
+            task.load_best(load_checkpoint(folder / "best.pt"))
+        task.report(folder)
+        task.write_answers(folder, before)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

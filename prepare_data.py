@@ -3,131 +3,173 @@
     python prepare_data.py                                 # Python's own manual, into data/
     python prepare_data.py book.txt --out=data/book        # your text
     python prepare_data.py notes/ more.jsonl page.html https://example.org/book.txt --out=data/mine
-    python prepare_data.py stories.txt --separator='<|endoftext|>' --vocab_size=4096
-    python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, by tiktoken
+    python prepare_data.py stories.txt --separator='\\n\\n\\n' --vocab_size=4096
+    python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, from tiktoken
 
-The pipeline: documents -> clean -> BPE -> tokens of two splits -> shards, meta.json.
-A document must fit in memory, the corpus need not: its clean text lies on disk until it is encoded.
+The pipeline: documents -> clean -> train and val -> BPE -> tokens -> shards, meta.json. The text is
+read twice, once to train the BPE and once to encode; a document must fit in memory, all need not.
 """
 
 import argparse
-import array
 import ast
 import collections
 import concurrent.futures
 import contextlib
-import difflib
 import functools
 import hashlib
 import heapq
 import html.parser
-import http.client
+import inspect
 import itertools
 import json
+import math
 import os
 import pathlib
 import platform
+import pydoc_data.topics
 import re
-import shutil
 import sys
 import sysconfig
 import time
 import unicodedata
 import urllib.parse
 import urllib.request
+from dataclasses import dataclass, fields
 
 import numpy as np
 import regex  # knows \p{L}, which re does not
 import tiktoken
 
-FORMAT = 1  # of the data folder
-SHARD_TOKENS = 100_000_000
-HTML = (".html", ".htm")
-READ_BYTES = 1 << 20
-PART_CHARS = 1 << 16  # long documents go through the tokenizer in parts of about this length
-FEW_DOCUMENTS = 200  # with fewer, a tenth of them would be no fair sample
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat, which comes with fine-tuning
+SHARD_TOKENS = 50_000_000  # about
+HELD_OUT = 0.1  # the share of the text in val
+
+
+@dataclass
+class PrepareConfig:
+    out: str = "data"  # folder to write
+    tokenizer: str = "bpe"  # bpe: trained here; or a tiktoken name; or a folder that has one
+    vocab_size: int = 1024  # bytes and merges of the trained BPE; 4 special tokens come on top
+    bpe_sample_mb: int = 40  # how much text the BPE is trained on, MB
+    text_field: str = "text"  # where a JSON object has its text
+    separator: str = END_OF_TEXT  # what divides the documents in a text file
+    min_chars: int = 1  # shorter documents are dropped
+
 
 # --- documents ------------------------------------------------------------------------------------
 
 
-def read_documents(inputs, text_field="text", separator=None):
+def refuse(reason):
+    raise ValueError(reason)
+
+
+def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse):
     """Yields (source, text) for every document in files, folders and URLs; none: Python's manual.
 
-    A text file is one document, or many divided by separator; .json and .jsonl hold one in
-    text_field of each object; .html is stripped of markup. Raises ValueError or OSError naming
-    the file and the place in it.
+    A text file is one document, or several with separator between them; .json and .jsonl hold one
+    in text_field of each object; HTML is stripped of markup. skip(reason) is called for each
+    document that cannot be read. Raises OSError or ValueError if an input does not exist.
     """
     if not inputs:
         yield from python_manual()
-    for path in find_files(inputs):
-        yield from read_file(path, text_field, separator)
+    for path in find_files(inputs, skip):
+        try:
+            if path.suffix.lower() in (".json", ".jsonl"):
+                yield from read_fields(path, text_field, skip)
+                continue
+            for offset, data in split_file(path, separator.encode()):
+                where = f"{path}, document at byte {offset}"
+                if b"\0" in data[:8192]:  # UTF-8 text has none
+                    skip(f"{where}: binary data, not text in UTF-8")
+                    break
+                try:
+                    text = data.decode()
+                    is_html = path.suffix.lower() in (".html", ".htm") or PAGE.match(text)
+                    yield str(path), html_to_text(text) if is_html else text
+                except (UnicodeDecodeError, AssertionError) as error:  # html.parser asserts
+                    skip(f"{where}: {error}; to convert it: iconv -f latin1 -t utf-8")
+        except OSError as error:
+            skip(f"{path}: {error.strerror}")
 
 
-def find_files(inputs):
-    """The paths that inputs stand for: of a folder its text files, sorted, without hidden ones."""
+def find_files(inputs, skip=refuse):
+    """The paths that inputs stand for. URLs are downloaded; hidden files in folders are left out."""
     files = []
     for name in map(str, inputs):
         is_url = name.startswith(("http://", "https://"))
         path = download(name) if is_url else pathlib.Path(name)
-        if not path.is_dir():
+        if path.is_file():
             files.append(path)
             continue
-        inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
-        inside = [p for p in inside if not any(n[0] == "." for n in p.relative_to(path).parts)]
-        inside = [p for p in inside if not is_binary(p)]
-        if not inside:
-            raise ValueError(f"{path}: no text files in this folder")
-        files += inside
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such file or folder (a pipe can be read only once)")
+        for folder, inside, names in os.walk(path, onerror=lambda error: skip(str(error))):
+            inside[:] = sorted(name for name in inside if name[0] != ".")
+            files += [pathlib.Path(folder, name) for name in sorted(names) if name[0] != "."]
     return files
 
 
-def is_binary(path):
-    """Whether its beginning holds a NUL byte, which UTF-8 text never does."""
+def download(url):
+    """Downloads a URL into downloads/, unless it is there; returns the path."""
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+    name = urllib.parse.urlsplit(url).path.rpartition("/")[2]
+    path = pathlib.Path("downloads", f"{digest}_{name}")
+    if path.exists():
+        print(f"using {path}; delete it to download {url} again")
+        return path
+    print(f"downloading {url} to {path}")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            data = response.read()  # raises IncompleteRead if the connection breaks off
+    except Exception as error:
+        raise ValueError(f"{url}: cannot be downloaded ({error})") from error
+    path.parent.mkdir(exist_ok=True)
+    write_file(path, data)
+    return path
+
+
+def read_fields(path, field, skip):
+    """Yields (where, text) for the JSON objects in a file that have text in this field."""
+    for where, item in read_json(path, skip):
+        if isinstance(item, dict) and isinstance(item.get(field), str):
+            yield where, item[field]
+        else:
+            found = ", ".join(item) if isinstance(item, dict) else type(item).__name__
+            skip(f"{where}: no text in field {field!r} (found: {found}); see --text_field")
+
+
+def read_json(path, skip=refuse):
+    """Yields (where, item) for each line of JSON Lines, or each item of a .json file's list."""
     with open(path, "rb") as file:
-        return b"\0" in file.read(8192)
-
-
-def read_file(path, text_field, separator):
-    """Yields (source, text) of one file, by its extension."""
-    if path.exists() and not path.is_file():  # a pipe can be read only once
-        raise ValueError(f"{path}: not a regular file; save its contents to one")
-    if is_binary(path):
-        raise ValueError(f"{path}: a binary file; give text in UTF-8")
-    extension = path.suffix.lower()
-    if extension in (".json", ".jsonl"):
-        for where, item in read_json(path):
-            yield where, field_of(item, text_field, where)
-    else:
-        for offset, document in split_file(path, separator):
-            text = decode(document, path, offset)
-            yield str(path), html_to_text(text, path) if extension in HTML else text
-
-
-def read_json(path):
-    """Yields (where, item) for each line of a .jsonl file, or each item of a .json file's list."""
-    if path.suffix.lower() == ".jsonl":
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        if path.suffix.lower() == ".json":
+            try:
+                items = json.loads(file.read())
+                items = items if isinstance(items, list) else [items]
+                yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
+                return
+            except (ValueError, RecursionError) as error:
+                if "Extra data" not in str(error):  # else it is JSON Lines, whatever its name
+                    return skip(f"{path}: broken JSON: {error}")
+            file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
                 if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, parse_json(line, where)
-    else:
-        items = parse_json(path.read_bytes(), path)
-        for number, item in enumerate(items if isinstance(items, list) else [items], 1):
-            yield f"{path}, item {number}", item
+                    yield f"{path}, line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                skip(f"{path}, line {number}: broken JSON: {error}")
 
 
-def split_file(path, separator):
-    """Yields (byte offset, bytes) of what stands between separators, reading a block at a time."""
-    if not separator:
-        yield 0, path.read_bytes()
-        return
-    separator = separator.encode()
+def split_file(path, separator, block_size=1 << 20):
+    """Yields (byte offset, bytes) of each part between separators, reading a block at a time."""
     buffer, offset, searched = bytearray(), 0, 0
     with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
+        while block := file.read(block_size):
             buffer += block
             start = 0
             while (end := buffer.find(separator, max(start, searched))) >= 0:
@@ -135,137 +177,71 @@ def split_file(path, separator):
                 start = end + len(separator)
             del buffer[:start]
             offset += start
-            # a separator can begin only in the last bytes, fewer than it has
+            # a separator that is still incomplete can begin only in the last bytes
             searched = max(0, len(buffer) - len(separator) + 1)
         yield offset, buffer
 
 
-def decode(data, path, offset=0):
-    """UTF-8 bytes -> text; the error names file and byte."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {offset + error.start}; "
-            "convert it, for instance: iconv -f latin1 -t utf-8"
-        )
-
-
-def parse_json(data, where):
-    text = decode(data, where).removeprefix("\ufeff")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if error.lineno > 1 else ""
-        raise ValueError(f"{where}{line}: broken JSON: {error.msg}, column {error.colno}")
-    except RecursionError:
-        raise ValueError(f"{where}: JSON nested too deep")
-    except ValueError as error:  # a number without end
-        raise ValueError(f"{where}: broken JSON: {error}") from error
-
-
-def field_of(item, field, where):
-    """The text in a JSON object's field."""
-    text = item.get(field) if isinstance(item, dict) else None
-    if isinstance(text, str):
-        return text
-    found = ", ".join(item) if isinstance(item, dict) else type(item).__name__
-    raise ValueError(f"{where}: no text in field {field!r} (found: {found}); see --text_field")
-
-
-def download(url):
-    """Fetches a URL into downloads/, once; returns the path."""
-    folder = pathlib.Path("downloads")
-    name = re.sub(r"[^\w.-]+", "_", url.partition("://")[2]).strip("_")
-    suffix = pathlib.Path(urllib.parse.urlsplit(url).path).suffix
-    if not name.endswith(suffix):  # as of data.jsonl?download=true
-        name += suffix
-    for path in (folder / name, folder / f"{name}.html"):
-        if path.exists():
-            print(f"using {path}; delete it to download {url} again")
-            return path
-    print(f"downloading {url} to {folder}/")
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f"{name}.tmp"
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(temporary, "wb") as file:
-            shutil.copyfileobj(response, file)
-            is_html = response.headers.get_content_type() == "text/html"
-            missing = int(response.headers.get("Content-Length") or 0) - file.tell()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ValueError(f"{url}: cannot be downloaded ({error})")
-    if missing > 0:
-        raise ValueError(f"{url}: the download broke off, {missing} bytes short; try again")
-    has_suffix = pathlib.Path(name).suffix.lower() in HTML
-    return temporary.replace(folder / (f"{name}.html" if is_html and not has_suffix else name))
-
-
-def tags(names):
-    return frozenset(names.split())
-
-
-HIDDEN = tags("script style title template noscript svg iframe")
-INLINE = HIDDEN | tags("""a abbr acronym b bdi bdo big button cite code data del dfn em font i img
-    ins kbd label mark q s samp small span strong sub sup time tt u var wbr""")
-ONE_LINE = tags("br dd dt li option td th tr")  # no blank line after these
+PAGE = re.compile(r"\s*(<!doctype html|<html)", re.IGNORECASE)
+HIDDEN = ("script", "style", "title", "template", "noscript", "svg", "iframe")
+PARAGRAPH = re.compile(
+    r"h[1-6r]|[dou]l|p|pre|div|table|t(head|body|foot)|form|fieldset|main|nav|aside|"
+    r"address|blockquote|figure|figcaption|section|article|header|footer|details"
+)
+LINE = re.compile(r"br|dd|dt|li|option|td|th|tr")
 
 
 class VisibleText(html.parser.HTMLParser):
-    """Collects what a person would see of a page: blocks stand apart, preformatted text stays."""
+    """Collects what a person would see of a page; blank lines between blocks, <pre> as it is."""
 
     def __init__(self):
         super().__init__()
-        self.parts, self.hidden, self.preformatted = ["\n"], 0, 0
+        self.parts, self.inside = ["\n"], collections.Counter()  # inside: elements that are open
 
     def handle_starttag(self, tag, attributes):
-        self.hidden += tag in HIDDEN
-        self.preformatted += tag == "pre"
-        if tag not in INLINE:
+        self.inside[tag] += 1
+        if PARAGRAPH.fullmatch(tag) or LINE.fullmatch(tag):
             self.parts.append("\n")
 
     def handle_endtag(self, tag):
-        self.hidden = max(0, self.hidden - (tag in HIDDEN))
-        self.preformatted = max(0, self.preformatted - (tag == "pre"))
-        if tag not in INLINE | ONE_LINE:
+        self.inside[tag] = max(0, self.inside[tag] - 1)
+        if PARAGRAPH.fullmatch(tag):
             self.parts.append("\n")
 
     def handle_data(self, data):
-        if not self.preformatted:
+        if not self.inside["pre"]:
             data = re.sub(r"\s+", " ", data)
             data = data.lstrip() if self.parts[-1][-1] in " \n" else data
-        if data and not self.hidden:
+        if data and not any(self.inside[tag] for tag in HIDDEN):
             self.parts.append(data)
 
 
-def html_to_text(page, path="page"):
+def html_to_text(page):
     """
     >>> html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>").split("\\n")
     ['', '', 'Tom & Ann', '', 'They met.', '']
     """
     parser = VisibleText()
-    try:
-        parser.feed(page)
-        parser.close()
-    except AssertionError as error:  # html.parser's answer to some broken declarations
-        raise ValueError(f"{path}: broken HTML: {error}")
+    parser.feed(page)
+    parser.close()
     return "".join(parser.parts)
 
 
 LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 JUNK = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
-TRAILING_BLANKS = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")  # (?<!) keeps long runs of blanks fast
+TRAILING_SPACES = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")  # (?<!) keeps long runs of spaces fast
 BLANK_LINES = re.compile(r"\n{3,}")
 
 
 def clean(text):
     """Text in NFC, with \\n for line ends, no control characters, byte-order marks or halves of
-    surrogate pairs, no blanks at line ends, at most one blank line in a row and none at the ends.
+    surrogate pairs, no spaces at line ends, at most one blank line in a row and none at the ends.
 
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
     """
     text = unicodedata.normalize("NFC", JUNK.sub("", LINE_END.sub("\n", text)))
-    return BLANK_LINES.sub("\n\n", TRAILING_BLANKS.sub("", text)).strip("\n")
+    return BLANK_LINES.sub("\n\n", TRAILING_SPACES.sub("", text)).strip("\n")
 
 
 # --- the default corpus: the manual inside every Python installation ------------------------------
@@ -273,12 +249,8 @@ def clean(text):
 
 def python_manual():
     """Yields (source, text): pydoc's topics, and a page for each module of the standard library."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise ValueError("this Python comes without its manual (pydoc_data): give a text") from None
-    for name in sorted(topics):
-        yield f"topic {name}", topics[name]
+    for name, text in sorted(pydoc_data.topics.topics.items()):
+        yield f"topic {name}", text
     for module, entries in itertools.groupby(library_docstrings(), key=lambda entry: entry[0]):
         yield module, "\n\n".join(f"# {title}\n\n{text}" for _, title, text in entries)
 
@@ -309,73 +281,55 @@ def docstrings(node, name):
             yield from docstrings(child, f"{name}.{child.name}")
 
 
+# --- train and val --------------------------------------------------------------------------------
+
+
 def position(key):
-    """A pseudo-random number from 0 to 1 that depends on the key alone; splits go by it."""
+    """A pseudo-random number from 0 to 1 that depends on the string alone. Splits are made by it,
+    so equal texts fall on one side, whatever their order."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def first_sentence(docstring):
-    """
-    >>> first_sentence("Join two\\n    paths.  Blanks too.\\n\\nMore.")
-    'Join two paths.'
-    """
-    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    return re.match(r".*?[.!?](?= |$)|.*", paragraph)[0]
+def split_documents(files, config, skip, dropped):
+    """Yields (split, text) of every clean, different document; split is "train" or "val".
 
-
-def manual_examples():
-    """Examples for finetune.py from Python's manual: {task: [{...}]}. Each has its module as its
-    "group", which no split divides.
-
-    classify: a docstring, and the package it is from, one of those that have many modules.
-    instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring; for every fourth,
-    where it is; and for another fourth, what it takes.
-    preference: an explanation, and as a worse one that of something in another module.
+    Documents are held out by a hash of their text; one that is larger than 1/200 of all the input
+    gives its last tenth instead. The manual's pages are held out by module, twice as many, because
+    finetune.py takes validation and test examples from these modules. dropped counts the others.
     """
-    packages = collections.defaultdict(lambda: collections.defaultdict(list))
-    by_module = collections.defaultdict(list)
-    for module, title, text in library_docstrings():
-        package = module.split(".")[0]
-        example = {"text": clean(text), "group": module, "label": package}
-        packages[package][module].append(example)
-        name, sentence = title.split("(")[0], first_sentence(clean(text))
-        if "._" not in name and 20 <= len(sentence) <= 200 and len(title) <= 100:
-            by_module[module].append((title, sentence))
-    examples = {"classify": [], "instruct": [], "preference": []}
-    for modules in packages.values():
-        if len(modules) >= 10 and sum(map(len, modules.values())) >= 150:
-            rounds = itertools.zip_longest(*modules.values())  # one of each, again and again
-            found = filter(None, itertools.chain.from_iterable(rounds))
-            examples["classify"] += itertools.islice(found, 300)
-    modules = sorted(by_module, key=position)  # so the other module is in the same split, mostly
-    for module, other in zip(modules, modules[1:] + modules[:1]):
-        pairs = zip(by_module[module], itertools.cycle(by_module[other]))
-        for i, ((title, sentence), (_, worse)) in enumerate(pairs):
-            shared = {"group": module, "instruction": f"Explain {title}."}
-            examples["instruct"].append({**shared, "output": sentence})
-            examples["preference"].append({**shared, "chosen": sentence, "rejected": worse})
-            name, _, arguments = title.removesuffix(")").partition("(")
-            if i % 4 == 1:
-                question, answer = f"Where is {name}?", f"In the module {module}."
-                examples["instruct"].append({**shared, "instruction": question, "output": answer})
-            elif i % 4 == 3 and arguments:
-                question, answer = f"What does {name}({arguments}) take?", f"It takes {arguments}."
-                examples["instruct"].append({**shared, "instruction": question, "output": answer})
-    return examples
+    large = sum(path.stat().st_size for path in files) / 200
+    separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    seen = set()  # of positions; 83 bytes of memory for each
+    for source, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
+        text = clean(text)
+        place = position(text)
+        if place in seen or len(text) < config.min_chars:
+            dropped["duplicate" if place in seen else "short"] += 1
+            continue
+        seen.add(place)
+        if not files:
+            yield "val" if position(source) < 2 * HELD_OUT else "train", text
+        elif len(text) <= large:
+            yield "val" if place < HELD_OUT else "train", text
+        else:
+            border = round(len(text) * (1 - HELD_OUT))
+            border = max(text.rfind(" ", 0, border), text.rfind("\n", 0, border)) + 1 or border
+            yield "train", text[:border]
+            yield "val", text[border:]
 
 
 # --- byte-pair encoding ---------------------------------------------------------------------------
 
 # GPT-2's rule for cutting text into pieces, which no token spans: endings like 's, words, numbers,
-# other signs, each with the blank before it, and white space. (tiktoken's form: ++ is a + that
+# other signs, each with the space before it, and white space. (In tiktoken's form, ++ is a + that
 # never gives back what it has matched, which is faster and here matches the same.)
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=\s)")
+WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")
 
 
-def cut(text, length=PART_CHARS):
-    """Yields a long text in parts, cut where white space follows a word. No token crosses such a
-    point, so the parts encode exactly as the whole would."""
+def cut(text, length=1 << 16):
+    """Yields a long text in parts, cut where a word or number ends. No piece spans such a point, so
+    the parts are encoded exactly as the whole would be."""
     start = 0
     while start < len(text):
         border = WORD_END.search(text, start + length)
@@ -387,11 +341,11 @@ def cut(text, length=PART_CHARS):
 def count_pieces(texts):
     """Cuts texts by SPLIT and counts the different pieces: {piece: how often}.
 
-    Words with the blanks before them are counted first: few are different, so few are cut.
+    Words with the signs before them are counted first: few are different, so few are cut.
     """
     words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
-        words.update(re.findall(r"\s*\S+|\s+", part))
+        words.update(re.findall(r"[\W_]*[^\W_]+|[\W_]+", part))
     split = regex.compile(SPLIT).findall
     for word, n in words.items():
         for piece in split(word):
@@ -400,9 +354,9 @@ def count_pieces(texts):
 
 
 def train_bpe(texts, vocab_size):
-    """Learns a byte-pair encoding (Sennrich et al. 2016; on bytes, as Radford et al. 2019).
+    """Learns a byte-pair encoding (Sennrich et al. 2016; on bytes, as in Radford et al. 2019).
 
-    Starts with the 256 bytes and merges the most frequent adjacent pair (of equals, that of the
+    Starts with the 256 bytes and merges the most frequent adjacent pair (in a tie, the one with the
     smaller ids) again and again, until there are vocab_size tokens or no pair occurs twice.
     Returns {token bytes: rank}.
 
@@ -442,9 +396,9 @@ def train_bpe(texts, vocab_size):
 
 
 def count_pairs(pieces, counts):
-    """How often each pair of neighbours occurs, and the pieces (their numbers) that have it.
+    """How often each pair of neighbors occurs, and the pieces (their numbers) that have it.
 
-    A piece stays among the latter also when it has lost the pair, which does no harm.
+    A piece stays among the latter even when it has lost the pair, which does no harm.
     """
     pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
     for i, piece in enumerate(pieces):
@@ -455,7 +409,7 @@ def count_pairs(pieces, counts):
 
 
 def changed_pairs(piece, pair, new):
-    """Yields (pair before, pair now) for the neighbours of new, which has replaced pair in piece.
+    """Yields (pair before, pair now) for the neighbors of new, which has replaced pair in piece.
 
     >>> list(changed_pairs("xNNy", "ab", "N"))
     [('xa', 'xN'), ('ba', 'NN'), ('by', 'Ny')]
@@ -472,22 +426,19 @@ def changed_pairs(piece, pair, new):
         at = piece.find(new, at)
 
 
-def bpe_encode(piece, ranks):
-    """One piece of text -> token ids: what tiktoken does in Rust, written out.
+def bpe_encode(data, ranks):
+    """One piece of text, as bytes -> its tokens, as bytes: what tiktoken does in Rust, written out.
 
-    >>> bpe_encode(" lower", train_bpe(["low lower lowest"], 259))
-    [258, 101, 114]
+    Joins, again and again, the neighbors whose token was learned first.
+
+    >>> bpe_encode(b" lower", train_bpe(["low lower lowest"], 259))
+    [b' low', b'e', b'r']
     """
-    return [ranks[token] for token in bpe_split(piece.encode(), ranks)]
-
-
-def bpe_split(data, ranks):
-    """Bytes -> tokens (bytes): joins, again and again, the neighbours that were learned first."""
     tokens = [bytes([byte]) for byte in data]
     while True:
-        joined = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(tokens)]
-        earliest = min(joined, default=len(ranks))
-        if earliest == len(ranks):
+        joined = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(tokens)]
+        earliest = min(joined, default=math.inf)
+        if earliest == math.inf:
             return tokens
         i = joined.index(earliest)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
@@ -496,7 +447,7 @@ def bpe_split(data, ranks):
 def bpe_spec(ranks):
     """The JSON-able description of a BPE of ours, for meta.json and checkpoints.
 
-    Tokens stand in order of rank, a character a byte; the special tokens come after them.
+    Tokens are in order of rank, a character a byte; the special tokens come after them.
     """
     tokens = [token.decode("latin-1") for token in ranks]
     return {"name": "bpe", "tokens": tokens, "special_tokens": [END_OF_TEXT, *ROLES]}
@@ -505,35 +456,52 @@ def bpe_spec(ranks):
 def build_tokenizer(spec):
     """A spec, {"name": "bpe", "tokens": ...} or {"name": "gpt2"}, -> tiktoken.Encoding.
 
-    Raises ValueError where the spec is neither, or tiktoken has to download it and cannot.
+    Raises ValueError if the spec is neither, or tiktoken cannot download the vocabulary.
     """
-    name = spec.get("name") if isinstance(spec, dict) else None
-    if name != "bpe":
-        if name not in tiktoken.list_encoding_names():
-            known = ", ".join(["bpe", *tiktoken.list_encoding_names()])
-            raise ValueError(f"unknown tokenizer {name!r}; there are {known}, or a data folder")
-        try:
-            return tiktoken.get_encoding(name)
-        except OSError as error:
-            raise ValueError(
-                f"tokenizer {name}: tiktoken cannot download it ({type(error).__name__}); set "
-                "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bpe"
+    with damaged("tokenizer"):
+        name = spec["name"]
+        if name == "bpe":
+            ranks = {token.encode("latin-1"): rank for rank, token in enumerate(spec["tokens"])}
+            special = {token: len(ranks) + i for i, token in enumerate(spec["special_tokens"])}
+            if not all(bytes([byte]) in ranks for byte in range(256)) or END_OF_TEXT not in special:
+                raise ValueError(f"a byte or {END_OF_TEXT} is missing")
+            return tiktoken.Encoding(
+                name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
             )
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise ValueError(f"unknown tokenizer {name!r}: bpe, {', '.join(names)}, or a folder")
     try:
-        ranks = {token.encode("latin-1"): rank for rank, token in enumerate(spec["tokens"])}
-        special = {token: len(ranks) + i for i, token in enumerate(spec["special_tokens"])}
-        if not all(bytes([byte]) in ranks for byte in range(256)):
-            raise ValueError("not all bytes are tokens")
-        if len(ranks) < len(spec["tokens"]) or len(special) < len(spec["special_tokens"]):
-            raise ValueError("a token twice")
-        if END_OF_TEXT not in special or not all(isinstance(token, str) for token in special):
-            raise ValueError(f"no {END_OF_TEXT}, or special tokens that are no text")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"damaged tokenizer ({error!r:.90})") from error
-    return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.get_encoding(name)
+    except OSError as error:
+        hint = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bpe"
+        raise ValueError(f"tokenizer {name}: tiktoken cannot download it; {hint}") from error
 
+
+def token_bytes(tokenizer, token):
+    """The bytes of a token id; of ids that the vocabulary leaves out, none."""
+    with contextlib.suppress(KeyError):
+        return tokenizer.decode_single_token_bytes(token)
+    return b""
+
+
+def token_label(tokenizer, token):
+    """A token as a person can read it: escaped, and as bytes where it is part of a character."""
+    data = token_bytes(tokenizer, token)
+    try:
+        return repr(data.decode())[1:-1]
+    except UnicodeDecodeError:
+        return repr(data)[2:-1]
+
+
+# --- chat templates -------------------------------------------------------------------------------
 
 ALPACA = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
+ALPACA_PREAMBLE = (  # Taori et al. 2023
+    "Below is an instruction that describes a task{}. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+ALPACA_INPUT = ", paired with an input that provides further context"
 
 
 def default_template(tokenizer):
@@ -544,8 +512,8 @@ def default_template(tokenizer):
 def chat_parts(messages, tokenizer, template):
     """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...].
 
-    An answer, which <|endoftext|> ends, is encoded on its own, never merged with what comes before,
-    since that is how the model will write it.
+    Each answer, which <|endoftext|> ends, is encoded on its own and never merged with the text
+    before it, because that is how the model will write it.
     """
     parts = []
     for message in messages:
@@ -554,11 +522,14 @@ def chat_parts(messages, tokenizer, template):
         if template == "roles":
             header = [tokenizer.encode_single_token(f"<|{role}|>")]
         else:
-            header = tokenizer.encode_ordinary(ALPACA[role])
+            header = ALPACA[role]
+            if role == "user" and not parts:
+                more = ALPACA_INPUT if "### Input:\n" in content else ""
+                header = ALPACA_PREAMBLE.format(more) + header
+            header = tokenizer.encode_ordinary(header)
             content += "" if is_answer else "\n\n"
         tokens = tokenizer.encode_ordinary(content)
-        tokens += [tokenizer.encode_single_token(END_OF_TEXT)] if is_answer else []
-        parts += [(header, False), (tokens, is_answer)]
+        parts += [(header, False), (tokens + [tokenizer.eot_token] * is_answer, is_answer)]
     return parts
 
 
@@ -570,538 +541,369 @@ def chat_prompt(messages, tokenizer, template):
 
 # --- tokenizers in Hugging Face's format ----------------------------------------------------------
 
-# SHA-256 of the tokens of GPT-2, as read_tokenizer joins them
-GPT2_DIGEST = "00784030c74dea3434d6e7ea73408a45e82b13c5830e98b7245787c66867d78b"
-
 
 def byte_characters():
-    """The printable character for each byte, as vocab.json spells them: Latin-1's where that is
-    visible, else (blanks, controls) the next one from 256 on."""
+    """The printable character for each byte, as GPT-2's files spell them: Latin-1's where that is
+    visible, else (spaces, controls) the next one from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = itertools.count(256)
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def save_tokenizer(spec, folder, block_size):
-    """Writes vocab.json, merges.txt and tokenizer_config.json into folder.
+def save_tokenizer(spec, folder):
+    """Writes tokenizer.json into folder. Raises ValueError for tokenizers not of GPT-2's kind.
 
     tiktoken keeps no merges. They are recovered: a token, encoded with only those before it, falls
-    into the two that it was merged from. Raises ValueError for tokenizers not of GPT-2's kind.
+    into the two that it was merged from.
     """
     tokenizer = build_tokenizer(spec)
-    known_ranks = sorted(tokenizer._mergeable_ranks.values())
-    if tokenizer._pat_str != SPLIT or known_ranks != list(range(len(known_ranks))):
+    ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
+    if tokenizer._pat_str != SPLIT or len(ranks) + len(special) != tokenizer.n_vocab:
         raise ValueError(f"tokenizer {tokenizer.name}: not of GPT-2's kind, so there is no export")
-    characters, ranks, merges = byte_characters(), {}, ["#version: 0.2"]
-
-    def printable(data):
-        return "".join(characters[byte] for byte in data)
-
-    for token, rank in sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            merges.append(" ".join(map(printable, bpe_split(token, ranks))))
-        ranks[token] = rank
-    special = tokenizer._special_tokens
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-        "added_tokens_decoder": {
-            rank: {"content": name, "special": True, "normalized": False}
-            for name, rank in special.items()
-        },
+    characters, earlier, vocab, merges = byte_characters(), {}, {}, []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = ["".join(characters[b] for b in part) for part in bpe_encode(token, earlier)]
+        vocab["".join(parts)] = earlier[token] = rank
+        merges += [parts] if len(token) > 1 else []
+    how = {"special": True, "normalized": False, "single_word": False}
+    how |= {"lstrip": False, "rstrip": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    whole = {
+        "version": "1.0",
+        "added_tokens": [{"id": rank, "content": name, **how} for name, rank in special.items()],
+        "pre_tokenizer": byte_level | {"use_regex": True},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
     }
-    names = {printable(token): rank for token, rank in ranks.items()}
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, text in [
-        ("vocab.json", json.dumps(names | special, ensure_ascii=False)),
-        ("merges.txt", "\n".join(merges) + "\n"),
-        ("tokenizer_config.json", json.dumps(settings, indent=2)),
-    ]:
-        replace_text(pathlib.Path(folder, name), text)
+    write_file(
+        pathlib.Path(folder, "tokenizer.json"), json.dumps(whole, ensure_ascii=False).encode()
+    )
 
 
 def read_tokenizer(folder):
-    """The spec of a folder's vocab.json and merges.txt, or tokenizer.json; None if it has neither.
-
-    Raises ValueError where it cuts text in another way than GPT-2's, or its tokens do not stand in
-    this order: bytes, merges, special tokens.
-    """
-    folder = pathlib.Path(folder)
-    try:
-        if (folder / "vocab.json").exists():
-            vocab = parse_json((folder / "vocab.json").read_bytes(), "vocab.json")
-            lines = decode((folder / "merges.txt").read_bytes(), "merges.txt").split("\n")
-            merges = [line.rstrip("\r").split(" ") for line in lines if line.strip()]
-            merges = merges[merges[:1] == [["#version:", "0.2"]] :]
-        elif (folder / "tokenizer.json").exists():
-            whole = parse_json((folder / "tokenizer.json").read_bytes(), "tokenizer.json")
-            before = whole.get("pre_tokenizer") or {"type": None}
-            if (before["type"], whole.get("normalizer")) != ("ByteLevel", None):
-                raise ValueError("it does not cut text as GPT-2's does")
-            vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
-            vocab |= {token["content"]: token["id"] for token in whole["added_tokens"]}
-            merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-        else:
-            return None
+    """The spec of a folder's tokenizer.json; None if it has none. Raises ValueError if it cuts text
+    in another way than GPT-2's, or its tokens are in another order: bytes, merges, special."""
+    path = pathlib.Path(folder, "tokenizer.json")
+    if not path.exists():
+        return None
+    with damaged(path):
+        whole = json.loads(path.read_bytes())
+        before = {"type": None, "use_regex": True, **(whole.get("pre_tokenizer") or {})}
+        cuts_alike = before["type"] == "ByteLevel" and before["use_regex"]
+        if not cuts_alike or before["add_prefix_space"] or whole.get("normalizer"):
+            raise ValueError("it does not cut text as GPT-2's does")
+        vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+        vocab |= {token["content"]: token["id"] for token in whole["added_tokens"]}
+        merges = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
         bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
-        names, merged = sorted(vocab, key=vocab.get), ["".join(pair) for pair in merges]
-        count = 256 + len(merged)
-        in_order = set(names[:256]) == set(bytes_of) and names[256:count] == merged
+        names, count = sorted(vocab, key=vocab.get), 256 + len(merges)
+        in_order = set(names[:256]) == set(bytes_of) and names[256:count] == merges
         if not in_order or [vocab[name] for name in names] != list(range(len(names))):
-            raise ValueError("its tokens do not stand in the order bytes, merges, special tokens")
+            raise ValueError("its tokens are not in the order bytes, merges, special tokens")
         tokens = [bytes(bytes_of[c] for c in name).decode("latin-1") for name in names[:count]]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder}: the tokenizer cannot be read ({error})") from error
-    digest = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
-    if (digest, names[count:]) == (GPT2_DIGEST, [END_OF_TEXT]):
-        return {"name": "gpt2"}
     return {"name": "bpe", "tokens": tokens, "special_tokens": names[count:]}
 
 
 def tokenizer_of(checkpoint, path):
-    """The spec of the tokenizer for a checkpoint that was read from path: the one in it, that of
-    the folder in which it lies, or GPT-2's."""
+    """The spec of the tokenizer for a checkpoint that was read from path: the one in it, or in the
+    same folder, or GPT-2's."""
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
-    spec = checkpoint.get("tokenizer")
-    if spec is None and path.exists():
-        spec = read_tokenizer(folder)
-    return {"name": "gpt2"} if spec is None else spec
+    spec = checkpoint.get("tokenizer") or (path.exists() and read_tokenizer(folder))
+    return spec or {"name": "gpt2"}
 
 
 # --- the data folder ------------------------------------------------------------------------------
 
+SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 
-class SplitWriter:
-    """Writes one split's tokens as NumPy files of SHARD_TOKENS at most, in a stream."""
+
+class ShardWriter:
+    """Collects the tokens of one split and writes them as NumPy files, under temporary names."""
 
     def __init__(self, folder, split, dtype):
         self.folder, self.split, self.dtype = folder, split, dtype
+        self.parts, self.filled, self.digest = [], 0, hashlib.sha256()
         self.stats = {"shards": [], "tokens": 0, "bytes": 0, "documents": 0}
-        self.room = 0  # tokens that still go into the last shard
 
-    def write(self, tokens):
-        while len(tokens):
-            if self.room == 0:
-                self.close()
-                self.stats["shards"].append(f"{self.split}_{len(self.stats['shards']):05d}.npy")
-                self.room = SHARD_TOKENS
-                self.write_header("xb")
-            part, tokens = tokens[: self.room], tokens[self.room :]
-            with open(self.folder / self.stats["shards"][-1], "ab") as file:
-                file.write(part.astype(self.dtype).tobytes())
-            self.room -= len(part)
-            self.stats["tokens"] += len(part)
+    def add(self, tokens):
+        self.parts.append(tokens.astype(self.dtype))
+        self.filled += len(tokens)
+        if self.filled >= SHARD_TOKENS:
+            self.flush()
 
-    def write_header(self, mode):
-        """NumPy leaves room in its header for any length, so it can be corrected at the end."""
-        header = {"descr": self.dtype.str, "fortran_order": False}
-        with open(self.folder / self.stats["shards"][-1], mode) as file:
-            shape = (SHARD_TOKENS - self.room,)
-            np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
-
-    def close(self):
-        if self.stats["shards"]:
-            self.write_header("r+b")
+    def flush(self):
+        if self.parts:
+            name = f"{self.split}_{len(self.stats['shards']):05d}.npy"
+            shard = np.concatenate(self.parts)
+            with open(self.folder / f"{name}.tmp", "wb") as file:
+                np.save(file, shard)
+            self.digest.update(shard)
+            self.stats["shards"].append(name)
+            self.stats["tokens"] += len(shard)
+            self.parts, self.filled = [], 0
 
 
-def token_dtype(vocab_size):
-    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+def write_shards(documents, tokenizer, folder):
+    """Encodes (split, text), each with <|endoftext|> after it, into temporary shards -> meta.json
+    as a dict, which install() completes."""
+    dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
+    writers = {split: ShardWriter(folder, split, dtype) for split in ("train", "val")}
+
+    def parts():
+        for split, text in documents:
+            writers[split].stats["documents"] += 1
+            writers[split].stats["bytes"] += len(text.encode())
+            yield from ((split, part) for part in cut(text))
+            yield split, None
+
+    def encode(item):
+        _, part = item
+        if part is None:
+            return np.array([tokenizer.eot_token])
+        return tokenizer.encode_to_numpy(part, disallowed_special=())
+
+    todo = parts()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        while batch := list(itertools.islice(todo, 512)):
+            for (split, _), tokens in zip(batch, pool.map(encode, batch)):
+                writers[split].add(tokens)
+    for writer in writers.values():
+        writer.flush()
+    return {
+        "format": 2,
+        "vocab_size": tokenizer.n_vocab,
+        "eot_token": tokenizer.eot_token,
+        "dtype": dtype,
+        "digest": "".join(writer.digest.hexdigest() for writer in writers.values()),
+        "splits": {split: writer.stats for split, writer in writers.items()},
+    }
+
+
+def old_shards(folder):
+    """The shards of an earlier run in this folder, which the new ones will replace."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return []
+    with damaged(f"{path} (delete it, or name another folder)"):
+        splits = json.loads(path.read_bytes())["splits"].values()
+        names = [name for split in splits for name in split["shards"]]
+    return [folder / name for name in names if SHARD_NAME.fullmatch(name)]
+
+
+def install(meta, folder):
+    """Puts finished shards in the place of the earlier ones. A crash at any point leaves a folder
+    that is whole or that open_data refuses. No other file in the folder is touched."""
+    old = old_shards(folder)
+    (folder / "meta.json").unlink(missing_ok=True)
+    for path in old:
+        path.unlink(missing_ok=True)
+    for split in meta["splits"].values():
+        for name in split["shards"]:
+            os.replace(folder / f"{name}.tmp", folder / name)
+    write_file(folder / "meta.json", json.dumps(meta).encode())
 
 
 def open_data(folder):
     """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards.
 
-    Raises FileNotFoundError or ValueError where the folder is not there, not ours or not whole.
+    Raises FileNotFoundError or ValueError if the folder does not exist, or is not whole or ours.
     """
     path = pathlib.Path(folder, "meta.json")
     if not path.exists():
-        raise FileNotFoundError(
-            f"{folder}: no prepared data; prepare_data.py --out={folder} makes it"
-        )
-    meta = parse_json(path.read_bytes(), path)
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{path}: not of format {FORMAT}; run prepare_data.py again")
-    try:
-        dtype = token_dtype(meta["vocab_size"])
-        if dtype != meta["dtype"] or len(meta["tokenizer"].get("tokens", ())) > meta["vocab_size"]:
-            raise ValueError("vocab_size, dtype and tokenizer disagree")
+        is_text = os.path.isfile(folder)
+        text, out = (folder, "data/NAME") if is_text else ("YOUR_TEXT", folder)
+        hint = f"python prepare_data.py {text} --out={out} makes a data folder"
+        raise FileNotFoundError(f"--data={folder} has no prepared data (meta.json): {hint}")
+    with damaged(f"{folder} (run prepare_data.py again)"):
+        meta = json.loads(path.read_bytes())
+        if meta["format"] != 2:
+            raise ValueError(f"format {meta['format']}, from another version")
         for split in (meta["splits"]["train"], meta["splits"]["val"]):
-            shards = [np.load(path.with_name(name), mmap_mode="r") for name in split["shards"]]
-            if any(shard.dtype != dtype or shard.ndim != 1 for shard in shards):
-                raise ValueError(f"the shards are not 1-D {dtype}")
-            if sum(map(len, shards)) != split["tokens"] or not split["bytes"] > 0:
-                raise ValueError("the shards do not hold the tokens that are listed")
-            split["arrays"] = shards
-        if not isinstance(meta["digest"], str):
-            raise TypeError("digest is not text")
-    except Exception as error:  # a bad header in a shard can raise almost anything
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{folder}: damaged ({reason}); run prepare_data.py again") from error
+            if not all(map(SHARD_NAME.fullmatch, split["shards"])):
+                raise ValueError("shards outside of the folder")
+            split["arrays"] = [np.load(path.parent / n, mmap_mode="r") for n in split["shards"]]
+            kinds = {(array.dtype.name, array.ndim) for array in split["arrays"]}
+            tokens = sum(map(len, split["arrays"]))
+            if kinds != {(meta["dtype"], 1)} or tokens != split["tokens"] or split["bytes"] < 1:
+                raise ValueError("the shards are not what meta.json says")
     return meta
 
 
-OUR_FILES = r"meta\.json|(train|val)_\d{5}\.npy|(classify|instruct|preference)\.jsonl"
+# --- main -----------------------------------------------------------------------------------------
 
 
-def check_replaceable(out):
-    """Raises ValueError where out is a file, or a folder with files that are not ours. Hidden ones
-    and folders may lie in it: they stay."""
-    if out.is_file():
-        raise ValueError(f"--out={out}: a file of that name is there; name another folder")
-    files = [entry.name for entry in out.glob("[!.]*") if entry.is_file()]
-    foreign = [name for name in files if not re.fullmatch(OUR_FILES, name)]
-    ours = "meta.json" in files and b'"splits"' in (out / "meta.json").read_bytes()
-    if foreign or (files and not ours):
-        name = (foreign or files)[0]
-        raise ValueError(f"--out={out}: {name} in it is not ours, so it stays; name another folder")
-
-
-def install(partial, out):
-    """Puts a finished folder in the place of out. A kill at any moment leaves the old one or the
-    new one whole: finish_install, which every run begins with, ends what was begun."""
-    if out.exists():
-        out.rename(out.with_name(f".{out.name}.old"))
-    partial.rename(out)
-    finish_install(out)
-
-
-def finish_install(out):
-    """Brings back the old folder where there is no new one; else removes it, but for what is not
-    ours."""
-    old = out.with_name(f".{out.name}.old")
-    if old.exists() and not out.exists():
-        old.rename(out)
-    elif old.exists():
-        for entry in old.iterdir():
-            if entry.is_dir() or entry.name.startswith("."):
-                entry.rename(out / entry.name)
-        shutil.rmtree(old)
-
-
-# --- shared by the scripts: flags, errors, progress -----------------------------------------------
-
-
-def replace_text(path, text):
-    """Writes a file all or nothing, as everything is written here: under another name at first."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse that shows a script's docstring as it is and names the flag nearest to a typo."""
-
-    def __init__(self, description):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def parse_args(self, argv=None, namespace=None):
-        args, unknown = self.parse_known_intermixed_args(argv, namespace)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            self.error(f"unknown {flag}" + (f", did you mean {near[0]}?" if near else ""))
-        return args
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def count(text):
-    """An argparse type: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
-    return int(text)
-
-
-def script(main):
-    """Decorates a script's main: bad input ends it in one line on standard error and exit code 2.
-
-    Bad input is a ValueError or OSError, whose text says what is wrong and what to do about it.
-    """
-
-    @functools.wraps(main)
-    def run(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a notebook's streams lack it
-                stream.reconfigure(errors="replace")  # so that no character ends a script
-        try:
-            main(argv)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader of our output has left, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141)
-        except KeyboardInterrupt:
-            raise SystemExit(130)
-        except (ValueError, OSError) as error:
-            message = str(error)
-            if isinstance(error, OSError) and error.strerror:
-                message = ": ".join(filter(None, (error.filename, error.strerror)))
-            print(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-            raise SystemExit(2)
-
-    return run
-
-
-@contextlib.contextmanager
-def sole_owner(folder):
-    """Makes the folder, and keeps a second run from writing there at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows: no guard, and no open file, which would keep folder in its place
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another run is writing there")
-        yield
-
-
-class Progress:
-    """How far a long job is, on standard error: a line that updates, or one now and then."""
-
-    def __init__(self, label, total):
-        self.label, self.total = label, total  # total in bytes; 0 where nobody knows
-        self.live = sys.stderr.isatty()
-        self.start = self.shown = time.monotonic()
-
-    def update(self, done):
-        now = time.monotonic()
-        if now - self.shown > (0.2 if self.live else 10):
-            self.shown, rate = now, done / (now - self.start)
-            left = max(0, self.total - done) / rate
-            line = f"{self.label}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
-            line += f", {left:.0f} s left" if self.total else ""
-            start, end = ("\r\x1b[K", "") if self.live else ("", "\n")
-            print(start + line, end=end, file=sys.stderr, flush=True)
-
-    def done(self):
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-# --- the whole way --------------------------------------------------------------------------------
-
-
-def gather(args, spool):
-    """Writes all documents, cleaned, to the file spool, a NUL byte after each.
-
-    Returns 64 bits for each document, which stand for its text, and how many were too short.
-    """
-    files = find_files(args.inputs)
-    progress = Progress("reading", sum(path.stat().st_size for path in files))
-    digests, too_short = array.array("Q"), 0
-    with open(spool, "wb") as file:
-        for _, text in read_documents(files, args.text_field, args.separator):
-            text = clean(text)
-            if len(text) < args.min_chars:
-                too_short += 1
-                continue
-            data = text.encode()
-            digests.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
-            file.write(data + b"\0")  # clean() leaves no NUL in a text
-            progress.update(file.tell())
-    progress.done()
-    if not digests:
-        raise ValueError(f"no text in {', '.join(args.inputs)}")
-    return np.frombuffer(digests, np.uint64), too_short
-
-
-def mark_first(digests):
-    """Which of the digests are the first of their value: an array of bool.
-
-    Only those with the same low byte are compared at a time, in 256 rounds: to sort all at once
-    would take five times their memory.
-    """
-    is_first, one_byte = np.zeros(len(digests), bool), digests.view(np.uint8)[::8]
-    for byte in range(256):
-        some = np.flatnonzero(one_byte == byte)
-        is_first[some[np.unique(digests[some], return_index=True)[1]]] = True
-    return is_first
-
-
-def distinct_texts(spool, digests, is_first, label):
-    """Yields (digest, text) of the gathered documents that are the first with their text."""
-    progress = Progress(label, spool.stat().st_size)
-    # zip leaves off the empty text after the last NUL
-    for digest, first, (offset, data) in zip(digests, is_first, split_file(spool, "\0")):
-        if first:
-            yield int(digest), data.decode()
-        progress.update(offset + len(data))
-    progress.done()
-
-
-def spread_sample(texts, fraction):
-    """Yields about this fraction of the text, in parts taken evenly from beginning to end."""
-    seen = taken = 0
-    for part in itertools.chain.from_iterable(map(cut, texts)):
-        if taken <= seen * fraction:
-            taken += len(part)
-            yield part
-        seen += len(part)
-
-
-def given_tokenizer(args):
-    """The spec of the tokenizer that --tokenizer names, or None where one is to be trained."""
-    if args.tokenizer == "bpe":
+def named_tokenizer(name):
+    """The spec of the tokenizer that --tokenizer names; None for "bpe", which is to be trained."""
+    if name == "bpe":
         return None
-    if args.vocab_size:
-        raise ValueError(f"--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own")
-    spec = {"name": args.tokenizer}
-    is_name = args.tokenizer in tiktoken.list_encoding_names()
-    if not is_name and pathlib.Path(args.tokenizer).is_dir():
-        spec = read_tokenizer(args.tokenizer) or open_data(args.tokenizer)["tokenizer"]
-    build_tokenizer(spec)  # complains before the long work, not after it
+    spec = {"name": name}
+    if os.path.isdir(name) and name not in tiktoken.list_encoding_names():
+        spec = read_tokenizer(name) or open_data(name)["tokenizer"]
+    build_tokenizer(spec)  # a wrong name is reported before the long work
     return spec
 
 
-def trained_tokenizer(args, texts, fraction):
-    """The spec of a BPE trained on that fraction of the texts."""
-    vocab_size = args.vocab_size or 1024
-    ranks = train_bpe(spread_sample(texts, fraction), vocab_size)
-    if len(ranks) < vocab_size:
-        if args.vocab_size:
-            raise ValueError(f"--vocab_size={vocab_size}: this text gives only {len(ranks)} tokens")
+def train_tokenizer(documents, size, config):
+    """The spec of a BPE that is trained on the training split, or if that is large, on a sample."""
+    fraction = config.bpe_sample_mb * 1e6 / max(1, size)
+    texts = (text for split, text in documents if split == "train")
+    sample = (part for text in texts for part in cut(text) if position(part) <= fraction)
+    ranks = train_bpe(sample, config.vocab_size)
+    if len(ranks) < config.vocab_size:
         print(f"vocab_size is {len(ranks)}: this text gives no more tokens")
     return bpe_spec(ranks)
 
 
-def split_texts(texts, by_document):
-    """Turns (digest, text) into (split, text). A tenth of the documents is held out, by their
-    digests, so whatever their order and neighbours; or, where there are few, a tenth of each."""
-    for digest, text in texts:
-        if by_document:
-            yield ("val" if digest % 10 == 0 else "train"), text
-        else:
-            tenth = len(text) * 9 // 10
-            border = max(text.rfind(" ", 0, tenth), text.rfind("\n", 0, tenth)) + 1 or tenth
-            yield "train", text[:border]
-            yield "val", text[border:]
+def with_progress(documents, label):
+    """Passes (split, text) on and reports on standard error how much there was so far."""
+    start = shown = time.monotonic()
+    done, is_live = 0, sys.stderr.isatty()
+    for document in documents:
+        yield document
+        done += len(document[1])
+        if (now := time.monotonic()) - shown > (0.2 if is_live else 10):
+            line = f"{label}: {done / 1e6:.0f} MB, {done / 1e6 / (now - start):.1f} MB/s"
+            print(line, end="\r" if is_live else "\n", file=sys.stderr, flush=True)
+            shown = now
 
 
-def encode_texts(texts, tokenizer, folder, threads):
-    """Writes (split, text) to shards in folder, <|endoftext|> after each; returns their stats."""
-    end = tokenizer.encode_single_token(END_OF_TEXT)
-    dtype = token_dtype(tokenizer.n_vocab)
-    writers = {split: SplitWriter(folder, split, dtype) for split in ("train", "val")}
-
-    def parts():
-        for split, text in texts:
-            parts_of_text = list(cut(text))
-            for number, part in enumerate(parts_of_text, 1):
-                yield split, part, number == len(parts_of_text)
-
-    def encode(item):
-        _, part, is_last = item
-        tokens = tokenizer.encode_to_numpy(part, disallowed_special=())
-        return np.append(tokens, end) if is_last else tokens
-
-    todo = parts()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        while batch := list(itertools.islice(todo, 512)):
-            encoded = list(pool.map(encode, batch))
-            for split, writer in writers.items():
-                mine = [i for i, item in enumerate(batch) if item[0] == split]
-                if mine:
-                    writer.write(np.concatenate([encoded[i] for i in mine]))
-                writer.stats["bytes"] += sum(len(batch[i][1].encode()) for i in mine)
-                writer.stats["documents"] += sum(batch[i][2] for i in mine)
-    for writer in writers.values():
-        writer.close()
-        if not writer.stats["bytes"]:
-            raise ValueError("too little text to hold out a tenth of it")
-    return {split: writer.stats for split, writer in writers.items()}
-
-
-def prepare(args, spec, folder):
-    """Makes the data folder, complete but for its final name. Returns meta and tokenizer."""
-    spool = folder / "text"
-    digests, too_short = gather(args, spool)
-    is_first = mark_first(digests)
+def prepare(inputs, config):
+    """Writes the data folder and says what is in it."""
+    folder, skipped, dropped = pathlib.Path(config.out), [], collections.Counter()
+    old_shards(folder)  # a folder that is not ours is reported before the long work
+    spec = named_tokenizer(config.tokenizer)
+    files = find_files(inputs, skipped.append)
+    if inputs and not files:
+        raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files in it")
     if spec is None:
-        texts = distinct_texts(spool, digests, is_first, "learning tokens")
-        fraction = min(1, args.bpe_sample_mb * 1e6 / spool.stat().st_size)
-        spec = trained_tokenizer(args, (text for _, text in texts), fraction)
+        documents = split_documents(files, config, lambda reason: None, collections.Counter())
+        size = sum(path.stat().st_size for path in files)
+        spec = train_tokenizer(with_progress(documents, "reading"), size, config)
     tokenizer = build_tokenizer(spec)
-    texts = distinct_texts(spool, digests, is_first, "encoding")
-    texts = split_texts(texts, by_document=is_first.sum() >= FEW_DOCUMENTS)
-    meta = {
-        "format": FORMAT,
-        "tokenizer": spec,
-        "vocab_size": tokenizer.n_vocab,
-        "eot_token": tokenizer.encode_single_token(END_OF_TEXT),
-        "dtype": token_dtype(tokenizer.n_vocab).name,
-        "splits": encode_texts(texts, tokenizer, folder, args.threads),
-        "sources": args.inputs or [f"the manual of Python {platform.python_version()}"],
-        "digest": hashlib.sha256(digests).hexdigest(),  # of all the text
-    }
-    spool.unlink()
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    if not args.inputs:
-        for task, examples in manual_examples().items():
-            lines = "".join(json.dumps(example) + "\n" for example in examples)
-            (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
-    print(f"dropped {(~is_first).sum():,} duplicates and {too_short:,} short documents")
-    return meta, tokenizer
-
-
-def report(meta, tokenizer, folder):
-    """Shows what was made, in numbers, and a look at it."""
+    documents = split_documents(files, config, skipped.append, dropped)
+    sources = inputs or [f"the manual of Python {platform.python_version()}"]
+    try:
+        meta = write_shards(with_progress(documents, "encoding"), tokenizer, folder)
+        if not all(split["bytes"] for split in meta["splits"].values()):
+            raise ValueError(skipped[0] if skipped else "too little text to hold out a tenth of it")
+        install({**meta, "tokenizer": spec, "sources": sources}, folder)
+    finally:
+        for path in folder.glob("*.npy.tmp"):
+            path.unlink()
+    print(f"read {len(files):,} files; skipped {len(skipped):,} files or documents", end="")
+    print(f", the first: {skipped[0]}" if skipped else "")
+    print(f"dropped {dropped['duplicate']:,} duplicates and {dropped['short']:,} short documents")
     print(f"{'':8}{'documents':>12}{'bytes':>15}{'tokens':>15}{'bytes/token':>13}")
     for split, s in meta["splits"].items():
-        print(f"{split:8}{s['documents']:12,}{s['bytes']:15,}{s['tokens']:15,}", end="")
-        print(f"{s['bytes'] / s['tokens']:13.2f}")
+        ratio = s["bytes"] / s["tokens"]
+        print(f"{split:8}{s['documents']:12,}{s['bytes']:15,}{s['tokens']:15,}{ratio:13.2f}")
     start = open_data(folder)["splits"]["train"]["arrays"][0][:60].tolist()
-    tokens = "|".join(tokenizer.decode([token]) for token in start)
-    print("The first tokens:", tokens.replace("\n", "\\n"))
+    print("The first tokens:", "|".join(token_label(tokenizer, token) for token in start))
 
 
-@script
 def main(argv=None):
-    parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("inputs", nargs="*", help="files, folders, URLs; none: the manual that Python comes with")
-    add("--out", default="data", help="folder to write")
-    add("--tokenizer", default="bpe", help="bpe: trained here; a tiktoken name; a folder with one")
-    add("--vocab_size", type=count, help="bytes and merges of the trained BPE (default: 1024)")
-    add("--bpe_sample_mb", type=count, default=40, help="text that the BPE is trained on, MB")
-    add("--text_field", default="text", help="where a JSON object has its text")
-    add("--separator", help="what divides the documents in a text file, e.g. '<|endoftext|>'")
-    add("--min_chars", type=count, default=1, help="shorter documents are dropped")
-    add("--threads", type=count, default=os.cpu_count(), help="for encoding")
-    args = parser.parse_args(argv)
-    if args.vocab_size and args.vocab_size < 256:
-        raise ValueError(f"--vocab_size={args.vocab_size}: 256 at least, one for every byte")
-    out = pathlib.Path(args.out).resolve()
-    if any(out.is_relative_to(pathlib.Path(name).resolve()) for name in args.inputs):
-        raise ValueError(f"--out={args.out} lies in one of the inputs; name another folder")
-    partial = out.with_name(f".{out.name}.partial")
-    with sole_owner(partial):
-        try:
-            for leftover in partial.glob("[!.]*"):  # of a run that was killed
-                leftover.unlink()
-            finish_install(out)
-            check_replaceable(out)
-            spec = given_tokenizer(args)
-            if not args.inputs:
-                print("reading the manual of Python", platform.python_version())
-            meta, tokenizer = prepare(args, spec, partial)
-            (partial / ".lock").unlink(missing_ok=True)
-            install(partial, out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    report(meta, tokenizer, out)
+    parser = flag_parser(PrepareConfig, __doc__)
+    parser.add_argument("inputs", nargs="*", help="files, folders, URLs; none: Python's manual")
+    flags = vars(parser.parse_intermixed_args(argv))
+    inputs = flags.pop("inputs")
+    config = PrepareConfig(**flags)
+    with lock(config.out):
+        prepare(inputs, config)
+
+
+# --- shared by all scripts: flags, errors, files --------------------------------------------------
+
+
+def flag_parser(config_class, description):
+    """A parser with a flag for every field of a dataclass, whose comment is the help text."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        allow_abbrev=False,
+    )
+    source = "".join(inspect.getsource(c) for c in reversed(config_class.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
+    for field in fields(config_class):
+        kind, text = type(field.default), comments[field.name]
+        text += f" (default: {field.default!r})" if field.default else ""
+        how = {"nargs": "?", "const": True} if kind is bool else {}
+        how |= {"type": functools.partial(parse_value, kind), "metavar": kind.__name__.upper()}
+        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
+    return parser
+
+
+def parse_value(kind, text):
+    """Turns the text of a flag into its type. Numbers are never negative."""
+    with contextlib.suppress(ValueError):
+        value = {"True": True, "False": False}.get(text, -1) if kind is bool else kind(text)
+        if kind is str or 0 <= value < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}")
+
+
+def script(main):
+    """Runs main; bad input ends it with one line on standard error and exit code 2.
+
+    Bad input is a ValueError or OSError, or what Python and torch raise when numbers are too large.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if the shell closed it)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # no character ends a script
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141)
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
+            raise
+        message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            message = ": ".join(map(str, filter(None, (error.filename, error.strerror))))
+        print(f"{sys.argv[0]}: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def lock(folder):
+    """Keeps other runs out of the folder, which is made, until the returned file is closed."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
+    try:
+        if fcntl:  # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is writing there") from None
+    return file
+
+
+def write_file(path, data):
+    """Writes bytes under a temporary name that takes the place of path once it is complete."""
+    temporary = pathlib.Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def damaged(path):
+    """Makes a ValueError that blames the file of whatever goes wrong with its contents."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path}: damaged, or not one of ours ({reason:.200})") from error
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -1,261 +1,228 @@
 """Writes text with a trained GPT.
 
     python sample.py                                            # from out/, a new document
-    python sample.py --init_from=out/book --start="It was a"    # goes on from there
+    python sample.py --init_from=out/book --start="It was a"    # continues a text
     python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.7 --top_p=0.9
     python sample.py --init_from=gpt2 --start="It was a"        # OpenAI's GPT-2
     python sample.py --init_from=out/instruct --chat            # a conversation
     python sample.py --start="# os.path." --surprise            # how likely is each token?
     python sample.py --start="# os.path." --attention=attention.png
-    python sample.py --init_from=out --save_pretrained=mine     # for transformers and its kin
+    python sample.py --init_from=out --save_pretrained=mine     # for transformers and the like
 
-Reads what train.py and finetune.py have made, and GPT-2 in Hugging Face's or nanoGPT's format.
+Reads what train.py and finetune.py have written, and GPT-2 in Hugging Face's format.
 """
 
 import codecs
 import contextlib
+import io
 import math
-import os
 import pathlib
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gpt import GPT, load_checkpoint, pick_device, replacing
+from gpt import GPT, attention_weights, load_checkpoint, pick_device, pick_dtype
 from prepare_data import (
-    ArgumentParser,
     build_tokenizer,
     chat_prompt,
-    count,
-    decode,
+    clean,
+    damaged,
     default_template,
+    flag_parser,
     save_tokenizer,
     script,
+    token_bytes,
+    token_label,
     tokenizer_of,
+    write_file,
 )
 
 
-def read_prompt(start):
-    """The text of --start; FILE:name stands for the text in that file."""
-    if start.startswith("FILE:"):
-        path = pathlib.Path(start.removeprefix("FILE:"))
-        start = decode(path.read_bytes(), path)
-    if not start:
-        raise ValueError("--start is empty; omit it to begin a new document")
-    return start
+@dataclass
+class SampleConfig:
+    init_from: str = "out"  # a run's folder, a checkpoint, gpt2, or a Hugging Face folder
+    start: str = ""  # the text to continue, or FILE:name (default: a new document)
+    num_samples: int = 1  # how many, generated as one batch
+    max_new_tokens: int = 500  # tokens of a sample, at most
+    temperature: float = 0.8  # below 1: likelier tokens; 0: always the likeliest
+    top_k: int = 200  # choose among the k likeliest tokens (0: all)
+    top_p: float = 1.0  # of these, the fewest whose probability reaches p
+    seed: int = 1337  # the same seed writes the same text
+    device: str = ""  # cpu, cuda, mps (default: the best available)
+    dtype: str = ""  # float32, bfloat16, float16 (default: the fastest for the model's size)
+    attention: str = ""  # draw which tokens of --start attend to which, into this PNG file
+    surprise: bool = False  # show how likely each token of --start was
+    chat: bool = False  # a conversation with a model from finetune.py
+    system: str = ""  # for --chat: the system prompt
+    save_pretrained: str = ""  # write the model and its tokenizer as a Hugging Face folder
 
 
-class TextDecoder:
-    """Tokens to text, one by one: the bytes of a character wait until it is complete."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def decode(self, token):
-        try:
-            return self.utf8.decode(self.tokenizer.decode_single_token_bytes(token))
-        except KeyError:  # some of tiktoken's vocabularies leave ids out
-            return ""
-
-    def rest(self):
-        return self.utf8.decode(b"", final=True)
-
-
-def load_model(path, device):
+def load_model(config):
     """-> model, tokenizer, checkpoint, in which "tokenizer" is the spec of the tokenizer.
 
-    A vocabulary that is padded to a round size is cropped, so that no padding is ever sampled.
+    Rows that only pad the vocabulary to a round size are cropped, so they are never sampled.
     """
-    checkpoint = load_checkpoint(path)
-    try:
+    checkpoint, device = load_checkpoint(config.init_from), pick_device(config.device)
+    checkpoint["tokenizer"] = tokenizer_of(checkpoint, config.init_from)
+    tokenizer = build_tokenizer(checkpoint["tokenizer"])
+    with damaged(config.init_from):
         model = GPT.from_checkpoint(checkpoint)
-        checkpoint["tokenizer"] = tokenizer_of(checkpoint, path)
-        tokenizer = build_tokenizer(checkpoint["tokenizer"])
-        model.crop_vocab(tokenizer.n_vocab)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return model.to(device), tokenizer, checkpoint
+        if model.config.vocab_size > tokenizer.n_vocab:
+            model.resize(vocab_size=tokenizer.n_vocab)
+    # the products of a small model are so short that converting its tensors would cost more
+    dtype = pick_dtype(device) if model.config.n_embd >= 512 else torch.float32
+    dtype = getattr(torch, config.dtype, None) if config.dtype else dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"--dtype={config.dtype}: give float32, bfloat16 or float16")
+    return model.to(device, dtype), tokenizer, checkpoint
 
 
-def as_batch(model, sequences):
-    """Lists of tokens, all of one length -> (B, T) on the model's device."""
-    return torch.tensor(sequences, device=model.transformer.wte.weight.device)
+def write(model, tokenizer, tokens, config, generator, num_samples=1):
+    """Generates continuations of tokens and prints the first as it comes; returns their texts, and
+    how many tokens they have. Ctrl-C ends them.
 
-
-def write_samples(model, tokenizer, prompt, num_samples, how):
-    """Prints continuations of prompt, "" for a new document; the first appears as it is made."""
-    end, block_size = tokenizer.eot_token, model.config.block_size
-    tokens = tokenizer.encode_ordinary(prompt) or [end]
+    The bytes of a character that spans several tokens wait until it is complete.
+    """
+    block_size, end = model.config.block_size, tokenizer.eot_token
     if len(tokens) > block_size:
-        seen = f"of the prompt's {len(tokens)} tokens, the model sees the last {block_size}"
-        print(f"note: {seen}", file=sys.stderr)
-    decoders = [TextDecoder(tokenizer) for _ in range(num_samples)]
-    texts, made, start = [prompt] * num_samples, 0, time.perf_counter()
+        note = f"of the prompt's {len(tokens)} tokens, the model sees the last {block_size}"
+        print(f"note: {note}", file=sys.stderr)
+    utf8 = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
+    texts, count = [""] * num_samples, 0
+    idx = torch.tensor([tokens] * num_samples, device=model.lm_head.weight.device)
+    choice = (config.temperature, config.top_k, config.top_p)
+    with contextlib.suppress(KeyboardInterrupt):
+        for step in model.generate(idx, config.max_new_tokens, *choice, end, generator):
+            for i, token in enumerate(step.tolist()):
+                if token != end:
+                    count += 1
+                    text = utf8[i].decode(token_bytes(tokenizer, token))
+                    texts[i] += text
+                    print(text if i == 0 else "", end="", flush=i == 0)
+    rests = [decoder.decode(b"", final=True) for decoder in utf8]
+    print(rests[0])
+    return [text + rest for text, rest in zip(texts, rests)], count
+
+
+def write_samples(model, tokenizer, prompt, config, generator):
+    """Prints num_samples continuations of prompt, and how fast they came."""
+    # a document begins after the end of another
+    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
     print(prompt, end="", flush=True)
-    for step in model.generate(as_batch(model, [tokens] * num_samples), **how):
-        for i, token in enumerate(step.tolist()):
-            if token == end:
-                continue
-            made += 1
-            text = decoders[i].decode(token)
-            texts[i] += text
-            if i == 0:
-                print(text, end="", flush=True)
-    print(decoders[0].rest())
-    for text, decoder in zip(texts[1:], decoders[1:]):
-        print("-" * 80, text + decoder.rest(), sep="\n")
+    start = time.perf_counter()
+    texts, count = write(model, tokenizer, tokens, config, generator, config.num_samples)
     seconds = time.perf_counter() - start
-    print(f"{made} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s", file=sys.stderr)
+    for text in texts[1:]:
+        print("-" * 80, prompt + text, sep="\n")
+    print(f"{count} tokens in {seconds:.1f} s: {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
 def fitting_prompt(messages, tokenizer, template, limit):
-    """chat_prompt of at most limit tokens: the oldest exchanges are left out, as far as needed."""
-    tokens = chat_prompt(messages, tokenizer, template)
-    if len(tokens) > limit and len(messages) > 1:
-        return fitting_prompt(messages[2:], tokenizer, template, limit)
+    """chat_prompt in at most limit tokens: the oldest exchanges are left out, the system prompt
+    stays, and of a single message too long only the end."""
+    head = [message for message in messages if message["role"] == "system"]
+    rest = messages[len(head) :]
+    while len(tokens := chat_prompt(head + rest, tokenizer, template)) > limit and len(rest) > 1:
+        rest = rest[2:]
     return tokens[-limit:]
 
 
-def chat(model, tokenizer, template, how):
+def chat(model, tokenizer, template, config, generator):
     """Answers each line that is typed. Ctrl-C ends an answer, Ctrl-D the conversation."""
     block_size = model.config.block_size
     # at least half of the context is for what has been said, the rest for the answer
-    limit = block_size - min(how["max_new_tokens"], block_size // 2)
-    messages = []
-    while True:
-        try:
-            question = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        messages.append({"role": "user", "content": question})
-        prompt = fitting_prompt(messages, tokenizer, template, limit)
-        decoder, answer = TextDecoder(tokenizer), ""
-        with contextlib.suppress(KeyboardInterrupt):
-            for token in map(int, model.generate(as_batch(model, [prompt]), **how)):
-                if token != tokenizer.eot_token:
-                    text = decoder.decode(token)
-                    answer += text
-                    print(text, end="", flush=True)
-        rest = decoder.rest()
-        print(rest)
-        messages.append({"role": "assistant", "content": answer + rest})
+    limit = block_size - min(config.max_new_tokens, block_size // 2)
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    with contextlib.suppress(EOFError):
+        while True:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+            if not question:
+                continue
+            messages.append({"role": "user", "content": question})
+            tokens = fitting_prompt(messages, tokenizer, template, limit)
+            (answer,), _ = write(model, tokenizer, tokens, config, generator)
+            messages.append({"role": "assistant", "content": answer})
 
 
+@torch.no_grad()
 def draw_attention(model, tokenizer, text, path):
-    """Draws who looks at whom in text (its first 64 tokens), a panel for each layer and head."""
+    """Draws the attention weights on text (its first 24 tokens), a panel for each layer and head."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--attention needs matplotlib: pip install matplotlib") from error
-    tokens = tokenizer.encode_ordinary(text)[: min(64, model.config.block_size)]
-    maps = model.attention_maps(as_batch(model, [tokens]))[:, 0]  # (n_layer, n_head, T, T)
-    maps = maps.cpu().numpy()
-    layers, heads = maps.shape[:2]
-    names = [repr(tokenizer.decode([token]))[1:-1] for token in tokens]
-    side = max(2, len(tokens) / 7)  # of a panel, inches
+    tokens = tokenizer.encode_ordinary(text)[: min(24, model.config.block_size)]
+    maps = []  # of each layer, (n_head, T, T)
+    for block in model.transformer.h:
+        block.attn.register_forward_pre_hook(
+            lambda attn, inputs: maps.append(attention_weights(*attn.heads(inputs[0])[:2])[0])
+        )
+    model(torch.tensor([tokens], device=model.lm_head.weight.device))
+    layers, heads, names = len(maps), len(maps[0]), [token_label(tokenizer, t) for t in tokens]
+    side = max(2, len(tokens) / 6)  # of a panel, inches
     figure = Figure(figsize=(side * heads, side * layers), layout="constrained")
     for (layer, head), panel in np.ndenumerate(figure.subplots(layers, heads, squeeze=False)):
-        panel.imshow(maps[layer, head], vmin=0, cmap="Blues")
-        panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
-        panel.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-        panel.set_yticks(range(len(names)), names, fontsize=6)
-    figure.supxlabel("is looked at")
-    figure.supylabel("looks")
-    with replacing(path) as file:
-        figure.savefig(file, dpi=100, format="png")
-
-
-# from grey, expected, to red, a surprise: colours that are legible on black and on white
-SHADES = (244, 138, 131, 167, 203, 196)
+        panel.imshow(maps[layer][head].float().cpu(), vmin=0, cmap="Blues")
+        panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+        panel.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        panel.set_yticks(range(len(names)), names, fontsize=8)
+    figure.supxlabel("key")
+    figure.supylabel("query")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, format="png")
+    write_file(path, picture.getvalue())
 
 
 @torch.no_grad()
 def print_surprise(model, tokenizer, text):
-    """Prints, for the tokens of text, as many as fit the context: probability, rank, and what was
-    expected instead."""
-    # a document begins after the end of another
+    """Prints, for each token of text that fits the context, its probability and rank, and the
+    tokens that were expected instead."""
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)][: model.config.block_size + 1]
-    shaded = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    idx = torch.tensor([tokens[:-1]], device=model.lm_head.weight.device)
     print(f"{'token':16}{'probability':>11}{'rank':>7}  expected")
-    total = 0.0
-    for token, log_probs in zip(
-        tokens[1:], model(as_batch(model, [tokens[:-1]]))[0].log_softmax(-1)
-    ):
-        bits = -log_probs[token].item() / math.log(2)
-        total += bits
-        rank = int((log_probs > log_probs[token]).sum()) + 1
-        expected = " ".join(repr(tokenizer.decode([i])) for i in log_probs.topk(3).indices.tolist())
-        line = f"{tokenizer.decode([token])!r:16}{2**-bits:11.4f}{rank:7}  {expected}"
-        shade = SHADES[min(int(bits / 2), len(SHADES) - 1)]
-        print(f"\x1b[38;5;{shade}m{line}\x1b[0m" if shaded else line)
-    length = len(tokenizer.decode_bytes(tokens[1:]))
-    print(f"{total:.1f} bits in {length} bytes: {total / length:.2f} bits/byte")
-
-
-def parse_args(argv):
-    parser = ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("--init_from", default="out", help="a run's folder, gpt2, a Hugging Face folder")
-    add("--start", help="the text to go on from, or FILE:name (default: a new document)")
-    add("--num_samples", type=count, default=1, help="how many, made in one batch")
-    add("--max_new_tokens", type=count, default=500, help="the most that a sample may have")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    add("--top_k", type=int, default=200, help="choose among the k likeliest tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="of these, the fewest that reach probability p")
-    add("--seed", type=int, default=1337, help="the same seed writes the same text")
-    add("--device", help="cpu, cuda, mps (default: the best there is)")
-    add("--attention", metavar="PNG", help="draw who looks at whom in --start")
-    add("--surprise", action="store_true", help="show how likely each token of --start was")
-    add("--chat", action="store_true", help="a conversation with a model that finetune.py has made")
-    add("--save_pretrained", metavar="FOLDER", help="write the model as a Hugging Face folder")
-    args = parser.parse_args(argv)
-    for name, fits, must in [
-        ("temperature", 0 <= args.temperature < math.inf, "be 0 or more, and finite"),
-        ("top_k", args.top_k >= 0, "be 0 or more"),
-        ("top_p", 0 < args.top_p <= 1, "be above 0 and at most 1"),
-        ("seed", 0 <= args.seed < 2**63, "be 0 or more, and below 2**63"),
-    ]:
-        if not fits:
-            raise ValueError(f"--{name}={getattr(args, name)}: must {must}")
-    looks = args.attention is not None or args.surprise
-    if looks + args.chat + (args.save_pretrained is not None) > 1:
-        raise ValueError(
-            "--chat, --save_pretrained and --attention or --surprise: only one of them"
+    total, n_bytes = 0.0, 0
+    for token, log_probs in zip(tokens[1:], model(idx)[0].float().log_softmax(-1)):
+        log_prob = log_probs[token].item()
+        rank = int((log_probs > log_prob).sum()) + 1
+        label, *expected = (
+            f"'{token_label(tokenizer, t)}'" for t in (token, *log_probs.topk(3).indices.tolist())
         )
-    if args.start is not None and (args.chat or args.save_pretrained is not None):
-        raise ValueError("--start is for text, not for --chat or --save_pretrained")
-    if looks and args.start is None:
-        raise ValueError("--attention and --surprise look at a text: give --start")
-    return args
+        print(f"{label:16}{math.exp(log_prob):11.4f}{rank:7}  {' '.join(expected)}")
+        total -= log_prob / math.log(2)
+        n_bytes += len(token_bytes(tokenizer, token))
+    print(f"{total:.1f} bits in {n_bytes} bytes: {total / n_bytes:.2f} bits/byte")
 
 
-@script
 def main(argv=None):
-    args = parse_args(argv)
-    prompt = "" if args.start is None else read_prompt(args.start)
-    device = pick_device(args.device)
-    model, tokenizer, checkpoint = load_model(args.init_from, device)
-    how = {
-        name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")
-    }
-    how |= {"stop_token": tokenizer.eot_token}
-    how |= {"generator": torch.Generator(device).manual_seed(args.seed)}
-    if args.attention is not None:
-        draw_attention(model, tokenizer, prompt, pathlib.Path(args.attention))
-    if args.surprise:
+    config = SampleConfig(**vars(flag_parser(SampleConfig, __doc__).parse_args(argv)))
+    prompt = config.start
+    if prompt.startswith("FILE:"):
+        path = pathlib.Path(prompt.removeprefix("FILE:"))
+        with damaged(path):
+            prompt = clean(path.read_bytes().decode())
+    if not prompt and (config.attention or config.surprise or config.start):
+        raise ValueError(
+            "--start is empty: give the text to look at, or omit it for a new document"
+        )
+    model, tokenizer, checkpoint = load_model(config)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
+    if config.attention:
+        draw_attention(model, tokenizer, prompt, config.attention)
+    if config.surprise:
         print_surprise(model, tokenizer, prompt)
-    elif args.chat:
-        chat(model, tokenizer, checkpoint.get("template") or default_template(tokenizer), how)
-    elif args.save_pretrained is not None:
-        save_tokenizer(checkpoint["tokenizer"], args.save_pretrained, model.config.block_size)
-        model.save_pretrained(args.save_pretrained, tokenizer.eot_token)
-        print(f"wrote model and tokenizer to {args.save_pretrained}")
-    elif args.attention is None:
-        write_samples(model, tokenizer, prompt, args.num_samples, how)
+    if config.chat:
+        template = checkpoint.get("template") or default_template(tokenizer)
+        chat(model, tokenizer, template, config, generator)
+    if config.save_pretrained:
+        save_tokenizer(checkpoint["tokenizer"], config.save_pretrained)
+        model.float().save_pretrained(config.save_pretrained, tokenizer.eot_token)
+        print(f"wrote model and tokenizer to {config.save_pretrained}")
+    if not (config.attention or config.surprise or config.chat or config.save_pretrained):
+        write_samples(model, tokenizer, prompt, config, generator)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
