@@ -46,6 +46,7 @@ from prepare_data import (
     position,
     read_json,
     script,
+    token_bytes,
     tokenizer_of,
     write_file,
 )
@@ -159,18 +160,16 @@ class Task:
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...], "group": ...,
                       and more}; rows as in to_row, group as in split_of
-    terms(examples)   -> {name: (N,)}; the training loss is the mean of "loss", which comes first,
-                      and an evaluation the means of all
+    terms(examples)   -> {name: (N,)}: the mean of "loss" is what training minimizes, the means of
+                      all are an evaluation
     """
 
-    kind = "instruct"  # of manual_examples, if there is no --data
     curves = ("train_loss", "val_loss")  # of loss.png
-    outputs = 0  # of a head beside the language model's
-    writes = False  # answers held-out prompts before and after training
+    writes = False  # whether held-out prompts are answered, before and after training
     lr_scales, stop = None, None  # see train()
 
     def __init__(self, config, machine, checkpoint):
-        self.config, self.machine, self.checkpoint_before = config, machine, checkpoint
+        self.config, self.machine, self.start = config, machine, checkpoint
         self.spec = tokenizer_of(checkpoint, config.init_from)
         self.tokenizer = build_tokenizer(self.spec)
         self.end = self.tokenizer.eot_token
@@ -181,7 +180,7 @@ class Task:
         self.template = config.template or checkpoint.get("template")
         self.template = self.template or default_template(self.tokenizer)
         self.too_long = 0  # examples that were cut
-        self.measured = []  # the terms of training since the last report
+        self.measured = collections.defaultdict(list)  # values since the last row of metrics.csv
         self.splits = {} if config.predict else self.read_examples()
         self.model = nn.ModuleDict({"gpt": self.gpt})
         self.set_up()
@@ -190,26 +189,36 @@ class Task:
     def set_up(self):
         """For tasks that need more than the model and the examples."""
 
-    def add_head(self, outputs, std):
-        """A linear layer that reads the last token of a text, the only one that has seen all of it.
-        The head of a checkpoint of the same task is taken over."""
-        self.model["head"] = nn.Linear(self.gpt.config.n_embd, outputs)
-        nn.init.normal_(self.model["head"].weight, std=std)
-        nn.init.zeros_(self.model["head"].bias)
-        before, config = self.checkpoint_before, self.config
-        if before.get("task") == config.task and len(before["head"]["bias"]) == outputs:
-            with damaged(config.init_from):
-                self.model["head"].load_state_dict(before["head"])
-        elif config.predict or config.eval_only:
-            raise ValueError(f"{config.init_from}: no head; --task={config.task} trains one")
+    def rows_default(self):
+        """(where, row) of the examples, if there is no --data."""
+        return manual_answers()
 
-    def scores(self, x, last):
-        """x (R, T, C), and where each row ends, (R,) -> (R, outputs) in float32."""
-        return self.model["head"](x[torch.arange(len(x), device=x.device), last]).float()
+    # examples
 
-    def row(self, messages, learned="all answers"):
+    def read_examples(self):
+        """{"train", "val", "test": examples}: see split_of."""
+        config, splits = self.config, {"train": [], "val": [], "test": []}
+        for file, path in {"test": config.test, "val": config.val, "train": config.data}.items():
+            rows = read_rows(path, (config.label_field, config.text_field)) if path else []
+            for where, row in self.rows_default() if file == "train" and not path else rows:
+                try:
+                    example = self.encode(row)
+                except Exception as error:
+                    raise ValueError(f"{where}: {error}") from error
+                split = "test" if config.eval_only and path else file
+                split = split_of(example["group"], config) if split == "train" else split
+                splits[split].append(example)
+        held_out = {e["group"] for split in ("val", "test") for e in splits[split]}
+        splits["train"] = [e for e in splits["train"] if e["group"] not in held_out]
+        counts = {split: len(examples) for split, examples in splits.items()}
+        print(f"examples: {counts}; {self.too_long} were too long and are cut")
+        if not counts["test"] if config.eval_only else not counts["train"] * counts["val"]:
+            raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
+        return splits
+
+    def row(self, messages, answer, learned="all answers"):
         """A conversation -> idx, targets: see to_row."""
-        parts = chat_parts(messages, self.tokenizer, self.template)
+        parts = chat_parts([*messages, as_answer(answer)], self.tokenizer, self.template)
         self.too_long += sum(len(part) for part, _ in parts) > self.block_size
         return to_row(parts, self.block_size, learned)
 
@@ -224,6 +233,27 @@ class Task:
         targets = [targets + [-100] * (length - len(targets)) for _, targets in rows]
         return self.machine.put(*map(torch.tensor, (idx, targets, last)))
 
+    # the head of a classifier or a reward model
+
+    def add_head(self, outputs, std):
+        """A linear layer that reads the last token of a text, the only one that has seen all of it.
+        The head of a checkpoint of the same task is taken over."""
+        self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
+        nn.init.normal_(head.weight, std=std)
+        nn.init.zeros_(head.bias)
+        config = self.config
+        if self.start.get("task") == config.task and len(self.start["head"]["bias"]) == outputs:
+            with damaged(config.init_from):
+                head.load_state_dict(self.start["head"])
+        elif config.predict or config.eval_only:
+            raise ValueError(f"{config.init_from}: no head; --task={config.task} trains one")
+
+    def scores(self, x, last):
+        """x (R, T, C), and where each row ends, (R,) -> (R, outputs) in float32."""
+        return self.model["head"](x[torch.arange(len(x), device=x.device), last]).float()
+
+    # training
+
     def prepare(self):
         """Decides which weights are trained, at which rate, in which batches and how many steps."""
         config, gpt = self.config, self.gpt
@@ -233,7 +263,7 @@ class Task:
             gpt.transformer.ln_f.requires_grad_(True)
         if config.train == "lora":
             add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        if self.block_size > self.checkpoint_before["config"]["block_size"]:
+        if self.block_size > self.start["config"]["block_size"]:
             gpt.transformer.wpe.requires_grad_(True)
         self.model.to(self.machine.device).train()
         rate = DEFAULTS[config.task]["learning_rate"] * (3 if config.train == "lora" else 1)
@@ -246,10 +276,8 @@ class Task:
         check_counts(config)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        print(
-            f"training {trained:,} of {total:,} parameters ({trained / total:.1%}) at "
-            f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}"
-        )
+        print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
+        print(f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}")
 
     def count(self, example):
         """How many elements its "loss" has."""
@@ -267,24 +295,29 @@ class Task:
         total = sum(self.count(example) for batch in batches for example in batch)
         for batch in batches:
             with self.machine.autocast():
-                loss, *others = (terms := self.terms(batch)).values()
-            self.measured.append([term.mean().detach() for term in others])
-            self.names = list(terms)[1:]
-            yield loss.sum() / total
+                terms = self.terms(batch)
+            yield terms.pop("loss").sum() / total
+            self.record(**terms)
             state["examples"] += config.batch_size
             state["tokens"] += sum(len(idx) for e in batch for idx, _ in e["rows"])
 
+    def record(self, **values):
+        for name, value in values.items():
+            self.measured[name].append(value.detach().float().mean())
+
     @property
     def stats(self):
-        """The means of the terms besides the loss since this was last asked for."""
-        means = torch.tensor(self.measured).mean(0).tolist()
-        self.measured = []
-        return dict(zip(self.names, means))
+        """The means of what was recorded since this was last asked for."""
+        means = {name: torch.stack(values).mean().item() for name, values in self.measured.items()}
+        self.measured.clear()
+        return means
 
-    def in_batches(self, split, function):
-        """What function makes of each batch of a split, with dropout off."""
+    # measuring
+
+    def in_batches(self, examples, function):
+        """What function makes of each batch of them, with dropout off."""
         self.model.eval()
-        examples, size = self.splits[split], 2 * self.config.batch_size
+        size = 2 * self.config.batch_size
         with torch.no_grad(), self.machine.autocast():
             found = [function(examples[i : i + size]) for i in range(0, len(examples), size)]
         self.model.train()
@@ -292,7 +325,7 @@ class Task:
 
     def measure(self, split):
         """{name: mean over the split} of the terms."""
-        parts = self.in_batches(split, self.terms)
+        parts = self.in_batches(self.splits[split], self.terms)
         return {name: torch.cat([p[name] for p in parts]).mean().item() for name in parts[0]}
 
     def evaluate(self):
@@ -303,6 +336,8 @@ class Task:
         for split in ("val", "test"):
             if self.splits[split]:
                 print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
+
+    # checkpoints
 
     def checkpoint(self):
         return {"model": self.model.state_dict()}
@@ -321,82 +356,46 @@ class Task:
         if "head" in best:
             self.model["head"].load_state_dict(best["head"])
 
-    def answers(self, gpt, examples, temperature=1.0, generator=None):
-        """gpt's answers to the examples' "messages", in tokens, with the end token if they end."""
-        prompts = [self.prompt(example) for example in examples]
-        same_length, answers = collections.defaultdict(list), {}
+    # answers to prompts
+
+    def prompt(self, messages):
+        """A conversation in tokens; of a long one, the end, so that an answer fits the context."""
+        limit = self.block_size - min(self.config.max_new_tokens, self.block_size // 2)
+        return chat_prompt(messages, self.tokenizer, self.template)[-limit:]
+
+    def answers(self, messages, temperature=1.0, generator=None):
+        """The model's answers to these conversations, in tokens, with the end token if they end."""
+        prompts, answers = list(map(self.prompt, messages)), {}
+        same_length = collections.defaultdict(list)
         for i, prompt in enumerate(prompts):
             same_length[len(prompt)].append(i)  # one batch: no padding before the answer
         for numbers in same_length.values():
             (idx,) = self.machine.put(torch.tensor([prompts[i] for i in numbers]))
             how = {"temperature": temperature, "stop_token": self.end, "generator": generator}
-            steps = gpt.eval().generate(idx, self.config.max_new_tokens, **how)
+            steps = self.gpt.eval().generate(idx, self.config.max_new_tokens, **how)
             for i, tokens in zip(numbers, torch.stack(list(steps), dim=1).tolist()):
                 stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
                 answers[i] = tokens[:stop]
         self.model.train()
         return [answers[i] for i in range(len(prompts))]
 
-    def prompt(self, example):
-        """The tokens of its prompt; of a long one, the end, so that an answer fits the context."""
-        limit = max(1, self.block_size - self.config.max_new_tokens)
-        return chat_prompt(example["messages"], self.tokenizer, self.template)[-limit:]
-
     def text(self, answer):
-        return self.tokenizer.decode([token for token in answer if token != self.end])
+        data = (token_bytes(self.tokenizer, token) for token in answer if token != self.end)
+        return b"".join(data).decode(errors="replace")
 
-    def held_out_answers(self):
-        """The likeliest answers to up to 100 held-out prompts."""
-        examples = (self.splits["test"] or self.splits["val"])[:100] if self.writes else []
-        return examples, self.answers(self.gpt, examples, temperature=0)
-
-    def write_answers(self, folder, before):
-        """Writes responses.jsonl: held-out prompts, with the answers before training and now."""
-        examples, now = self.held_out_answers()
-        lines = [
-            {
-                "messages": e["messages"],
-                "before": self.text(b),
-                "after": self.text(a),
-                **e["expected"],
-            }
-            for e, b, a in zip(examples, before, now)
-        ]
-        for line in lines[:3]:
-            print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
-        ended = sum(answer[-1] == self.end for answer in now)
-        if lines:
-            print(f"\n{ended} of {len(lines)} answers end by themselves")
+    def write_answers(self, name, folder=None):
+        """Adds the likeliest answers to 100 held-out prompts to the examples, under this name.
+        With a folder, writes them to responses.jsonl."""
+        held_out = (self.splits["test"] or self.splits["val"]) if self.writes else []
+        examples = held_out[:: 1 + len(held_out) // 100]
+        for example, answer in zip(examples, self.answers([e["messages"] for e in examples], 0)):
+            example[name] = self.text(answer)
+        if folder and examples:
+            lines = [{k: e[k] for k in e if k not in ("rows", "group")} for e in examples]
+            for line in lines[:5]:
+                print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_file(folder / "responses.jsonl", text.encode())
-
-    def read_examples(self):
-        """{"train", "val", "test": examples}: see split_of."""
-        config, splits = self.config, {"train": [], "val": [], "test": []}
-        files = {"train": config.data, "val": config.val, "test": config.test}
-        for file, path in files.items():
-            rows = manual_examples(self.kind) if file == "train" and not path else []
-            for where, row in read_rows(path, self.header()) if path else rows:
-                try:
-                    example = self.encode(row)
-                except Exception as error:
-                    raise ValueError(f"{where}: {error}") from error
-                split = "test" if config.eval_only and path else file
-                if split == "train":
-                    split = split_of(example["group"], config)
-                splits[split].append(example)
-        held_out = {e["group"] for split in ("val", "test") for e in splits[split]}
-        splits["train"] = [e for e in splits["train"] if e["group"] not in held_out]
-        counts = {split: len(examples) for split, examples in splits.items()}
-        print(f"examples: {counts}; {self.too_long} were too long and are cut")
-        needed = ("test",) if config.eval_only else ("train", "val")
-        if not all(counts[split] for split in needed):
-            raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
-        return splits
-
-    def header(self):
-        """The columns of a .tsv file that has no header line."""
-        return ()
 
 
 def token_log_probs(gpt, idx, targets):
@@ -413,37 +412,31 @@ class Classify(Task):
     """Texts to labels: cross-entropy of the label, plus lm_weight times the next-token loss on the
     text, which makes more of few examples (Radford et al. 2018, equation 5)."""
 
-    kind = "classify"
     curves = ("label_loss", "val_loss")
 
     def set_up(self):
-        labels = sorted({e["label"] for e in self.splits.get("train", [])})
-        self.labels = labels or self.checkpoint_before.get("labels", [])
+        train = self.splits.get("train", [])
+        labels = collections.Counter(example["label"] for example in train)
+        self.labels = sorted(labels) or self.start.get("labels", [])
         for example in (e for examples in self.splits.values() for e in examples):
             if example["label"] not in self.labels:
                 raise ValueError(f"training has no label {example['label']!r}: {example['text']}")
-        if self.config.balance and labels:
-            self.balance()
+        if self.config.balance and train:
+            train.sort(key=lambda example: position(example["text"]))
+            by_label = [[e for e in train if e["label"] == label] for label in labels]
+            self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
         if len(self.labels) < 2:
             raise ValueError(f"nothing to tell apart: the labels are {self.labels}")
         self.add_head(len(self.labels), std=0.02)
 
-    def balance(self):
-        counts, kept = collections.Counter(e["label"] for e in self.splits["train"]), []
-        for label in self.labels:
-            examples = [e for e in self.splits["train"] if e["label"] == label]
-            examples.sort(key=lambda e: position(e["text"]))
-            kept += examples[: min(counts.values())]
-        self.splits["train"] = kept
-
-    def header(self):
-        return (self.config.label_field, self.config.text_field)
+    def rows_default(self):
+        return manual_texts()
 
     def encode(self, row):
-        text, label = (text_of(row, name) for name in reversed(self.header()))
+        text, label = text_of(row, self.config.text_field), text_of(row, self.config.label_field)
         tokens = self.tokenizer.encode_ordinary(text)
         self.too_long += len(tokens) > self.block_size
-        rows = [to_row([(tokens, True)], self.block_size, "all")]
+        rows = [to_row([(tokens[: self.block_size], True)], self.block_size)]
         return {"rows": rows, "group": str(row.get("group") or text), "text": text, "label": label}
 
     def terms(self, examples):
@@ -451,31 +444,28 @@ class Classify(Task):
         labels = torch.tensor([self.labels.index(e["label"]) for e in examples], device=idx.device)
         x = self.gpt.hidden(idx)
         scores = self.scores(x, last)
-        loss = label_loss = F.cross_entropy(scores, labels, reduction="none")
-        terms = {"accuracy": (scores.argmax(-1) == labels).float()}
-        if self.model.training:
-            terms["label_loss"] = label_loss
-        if self.model.training and config.lm_weight and config.train != "head":
+        label_loss = F.cross_entropy(scores, labels, reduction="none")
+        accuracy = (scores.argmax(-1) == labels).float()
+        if not self.model.training:
+            return {"loss": label_loss, "accuracy": accuracy}
+        loss = label_loss
+        if config.lm_weight and config.train != "head":
             losses = next_token_losses(self.gpt.lm_head, x.flatten(0, 1), targets.flatten())
             counts = (targets != -100).sum(1).clamp(min=1)
             loss = label_loss + config.lm_weight * losses.view(targets.shape).sum(1) / counts
-        return {"loss": loss, **terms}
+        return {"loss": loss, "label_loss": label_loss, "accuracy": accuracy}
 
     def probabilities(self, examples):
         idx, _, last = self.collate(examples)
-        return self.scores(self.gpt.hidden(idx), last).softmax(-1)  # (N, labels)
+        return self.scores(self.gpt.hidden(idx), last).softmax(-1).cpu()  # (N, labels)
 
     def report(self, folder=None):
         """Prints accuracy, macro F1 and the baseline of each split; and writes predictions.csv."""
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["split", "text", "label", "predicted", "probability"])
-        for split in ("val", "test"):
-            if not (examples := self.splits[split]):
-                continue
-            probabilities = torch.cat(self.in_batches(split, self.probabilities)).cpu()
+        rows, n = [["split", "text", "label", "predicted", "probability"]], len(self.labels)
+        for split in filter(self.splits.get, ("val", "test")):
+            examples = self.splits[split]
+            probability, predicted = torch.cat(self.in_batches(examples, self.probabilities)).max(1)
             labels = torch.tensor([self.labels.index(e["label"]) for e in examples])
-            n, predicted = len(self.labels), probabilities.argmax(-1)
             confusion = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
             right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
             print(
@@ -486,15 +476,16 @@ class Classify(Task):
             if n <= 12:  # rows: labels, columns: predictions
                 for label, counts in zip(self.labels, confusion.tolist()):
                     print(f"{label[:20]:20}", *(f"{count:5}" for count in counts))
-            for e, i, p in zip(examples, predicted, probabilities.amax(-1)):
-                table.writerow([split, e["text"], e["label"], self.labels[i], f"{p:.4f}"])
+            for e, i, p in zip(examples, predicted, probability):
+                rows.append([split, e["text"], e["label"], self.labels[i], f"{p:.4f}"])
         if folder:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(rows)
             write_file(folder / "predictions.csv", text.getvalue().encode())
 
     def predict(self, text):
         example = self.encode({self.config.text_field: text, self.config.label_field: "?"})
-        self.splits = {"text": [example]}
-        probability, i = self.in_batches("text", self.probabilities)[0][0].max(0)
+        probability, i = self.in_batches([example], self.probabilities)[0][0].max(0)
         print(f"{self.labels[i]}  {probability:.4f}")
 
     def best_checkpoint(self):
@@ -510,15 +501,9 @@ class Instruct(Task):
     writes = True
 
     def encode(self, row):
-        *messages, answer = answered(row, "output")
+        example = conversation_of(row, "output")
         learned = "all" if self.config.loss_on_prompt else "all answers"
-        rows, expected = [self.row([*messages, answer], learned)], {"expected": answer["content"]}
-        return {
-            "rows": rows,
-            "group": group_of(row, messages),
-            "messages": messages,
-            "expected": expected,
-        }
+        return {**example, "rows": [self.row(example["messages"], example["output"], learned)]}
 
     def count(self, example):
         return sum(target != -100 for target in example["rows"][0][1])
@@ -574,19 +559,10 @@ class Choice(Task):
 class Preferences(Task):
     """Pairs of answers to a prompt, of which the first is preferred to the second."""
 
-    kind = "preference"
-
     def encode(self, row):
-        *messages, chosen = answered(row, "chosen")
-        pair = [chosen["content"], answered(row, "rejected")[-1]["content"]]
-        rows = [self.row([*messages, as_answer(text)], "last answer") for text in pair]
-        expected = dict(zip(("chosen", "rejected"), pair))
-        return {
-            "rows": rows,
-            "group": group_of(row, messages),
-            "messages": messages,
-            "expected": expected,
-        }
+        example = conversation_of(row, "chosen", "rejected")
+        pair = (example["chosen"], example["rejected"])
+        return {**example, "rows": [self.row(example["messages"], a, "last answer") for a in pair]}
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
@@ -612,16 +588,10 @@ class DPO(Preferences):
         log_probs = token_log_probs(self.gpt, idx, targets).sum(1).view(-1, 2)  # (P, 2)
         with torch.no_grad():
             reference = token_log_probs(self.reference.eval(), idx, targets).sum(1).view(-1, 2)
-        losses, margins = dpo_loss(*log_probs.T, *reference.T, self.config.beta)
-        accuracy = (margins > 0) + 0.5 * (margins == 0)  # at the start all margins are 0
-        chosen, rejected = log_probs.T
-        return {
-            "loss": losses,
-            "accuracy": accuracy,
-            "margin": margins,
-            "chosen": chosen,
-            "rejected": rejected,
-        }
+        loss, margin = dpo_loss(*log_probs.T, *reference.T, self.config.beta)
+        accuracy = (margin > 0) + 0.5 * (margin == 0)  # at the start all margins are 0
+        terms = {"loss": loss, "accuracy": accuracy, "margin": margin}
+        return {**terms, "chosen": log_probs[:, 0], "rejected": log_probs[:, 1]}
 
 
 class Reward(Preferences):
@@ -644,23 +614,23 @@ class Reward(Preferences):
         return {"loss": loss, "accuracy": accuracy, "chosen": chosen, "rejected": rejected}
 
     def best_checkpoint(self):
-        scores = torch.cat(self.in_batches("train", self.scores_of))
-        best, head = super().best_checkpoint(), self.model["head"]
-        weight, bias = head.weight.detach(), head.bias.detach()
-        std = scores.std()
-        return {**best, "head": {"weight": weight / std, "bias": (bias - scores.mean()) / std}}
+        scores = torch.cat(self.in_batches(self.splits["train"], self.scores_of))
+        weight, bias = (p.detach() for p in self.model["head"].parameters())
+        head = {"weight": weight / scores.std(), "bias": (bias - scores.mean()) / scores.std()}
+        return {**super().best_checkpoint(), "head": head}
 
     def score(self, conversations):
-        """Lists of messages -> their scores, (N,), on the CPU."""
-        self.splits["asked"] = [{"rows": [self.row(messages)]} for messages in conversations]
-        return torch.cat(self.in_batches("asked", self.scores_of)).cpu()
+        """[(messages, answer), ...] -> their scores, (N,), on the CPU."""
+        examples = [{"rows": [self.row(*conversation)]} for conversation in conversations]
+        return torch.cat(self.in_batches(examples, self.scores_of)).cpu()
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation in JSON, as a line of a file is."""
-        messages = [as_answer(clean(text))]
+        messages, answer = [], text
         if text.startswith("{"):
-            messages = answered(json.loads(text), "output")
-        print(f"{self.score([messages]).item():+.4f}")
+            example = conversation_of(json.loads(text), "output")
+            messages, answer = example["messages"], example["output"]
+        print(f"{self.score([(messages, answer)]).item():+.4f}")
 
 
 # --- reinforcement learning -----------------------------------------------------------------------
@@ -709,25 +679,22 @@ class Policy(Task):
     """Makes answers likelier that a reward model scores higher, near the reference, the model at
     the start. A step samples answers to some prompts, then trains on them for some passes."""
 
-    kind = "preference"
     curves = ("score", "val_score")
     writes = True
     group_size = 1  # answers to a prompt
-    stats = None
 
     def set_up(self):
-        config, machine = self.config, self.machine
-        self.reference = copy.deepcopy(self.gpt).to(machine.device).requires_grad_(False).eval()
-        how = {"task": "reward", "init_from": config.reward_model, "predict": "-", "batch_size": 16}
-        checkpoint = load_checkpoint(config.reward_model)
-        self.score = Reward(FinetuneConfig(**how), machine, checkpoint).score
+        reward = FinetuneConfig(task="reward", init_from=self.config.reward_model, predict="-")
+        reward.batch_size = 16
+        checkpoint = load_checkpoint(reward.init_from)
+        self.score = Reward(reward, self.machine, checkpoint).score
+        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
 
     def encode(self, row):
-        messages = prompt_of(row)
-        prompt = self.prompt({"messages": messages})
-        expected = {"expected": row["output"]} if "output" in row else {}
-        group = group_of(row, messages)
-        return {"rows": [(prompt, [])], "group": group, "messages": messages, "expected": expected}
+        # prompt and answer must fit the context together, as the model reads them in training
+        self.config.max_new_tokens = min(self.config.max_new_tokens, self.block_size // 2)
+        example = conversation_of(row)
+        return {**example, "rows": [(self.prompt(example["messages"]), [])]}
 
     def respond(self, examples, seed):
         """Samples an answer to each: temperature 1 and all tokens, as the policy's distribution is.
@@ -735,73 +702,61 @@ class Policy(Task):
         Returns idx, targets (B, T), scores (B,), and whether the answers end, (B,).
         """
         generator = torch.Generator(self.machine.device).manual_seed(seed)
-        answers = self.answers(self.gpt, examples, generator=generator)
-        asked = [[*e["messages"], as_answer(self.text(a))] for e, a in zip(examples, answers)]
+        messages = [example["messages"] for example in examples]
+        answers = self.answers(messages, generator=generator)
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
-        scores = self.score(asked) + UNFINISHED * ~ended
-        parts = [[(self.prompt(e), False), (a, True)] for e, a in zip(examples, answers)]
+        scores = self.score(list(zip(messages, map(self.text, answers)))) + UNFINISHED * ~ended
+        parts = [[(e["rows"][0][0], False), (a, True)] for e, a in zip(examples, answers)]
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
         return idx, targets, *self.machine.put(scores, ended)
 
     def states(self, gpt, idx, targets):
         """-> log p of the targets, (N,), and the hidden states that predict them, (N, C)."""
-        mask = targets != -100
-        x = gpt.hidden(idx)[mask]
-        return -next_token_losses(gpt.lm_head, x, targets[mask]), x
+        learned = targets != -100
+        x = gpt.hidden(idx)[learned]
+        return -next_token_losses(gpt.lm_head, x, targets[learned]), x
+
+    @torch.no_grad()
+    def compare(self, idx, targets):
+        """-> log p of the targets and what it has gained on the reference's, (B, T), whose sum over
+        an answer estimates the KL; and the hidden states as above."""
+        self.model.eval()
+        with self.machine.autocast():
+            log_probs, x = self.states(self.gpt, idx, targets)
+            reference, _ = self.states(self.reference.eval(), idx, targets)
+        self.model.train()
+        zeros, learned = torch.zeros(targets.shape, device=idx.device), targets != -100
+        drift = zeros.masked_scatter(learned, log_probs - reference)
+        return zeros.masked_scatter(learned, log_probs), drift, x
 
     def updates(self, state):
         """Samples answers, then yields an update for each part of them in each pass."""
         config, numbers = self.config, self.batches[state["step"]]
         examples = [self.splits["train"][i] for i in numbers for _ in range(self.group_size)]
-        seed = int(np.random.SeedSequence((config.seed, state["step"])).generate_state(1)[0])
+        seeds = np.random.SeedSequence((config.seed, state["step"]))
+        seed, rng = int(seeds.generate_state(1)[0]), np.random.default_rng(seeds)
         idx, targets, scores, ended = self.respond(examples, seed)
         mask = targets != -100
-        with torch.no_grad(), self.machine.autocast():
-            log_probs, x = self.states(self.gpt, idx, targets)
-            reference, _ = self.states(self.reference, idx, targets)
-            place = torch.zeros(mask.shape, device=idx.device)
-            drift = place.masked_scatter(
-                mask, log_probs - reference
-            )  # (B, T); its sum estimates KL
-            advantages, more = self.judge(scores, drift, mask, x)
-        old = place.masked_scatter(mask, log_probs)
-        tensors = (idx, targets, old, advantages, more)
-        measured, rng = [], np.random.default_rng([config.seed, state["step"]])
+        log_probs, drift, x = self.compare(idx, targets)
+        tensors = (idx, targets, log_probs, *self.judge(scores, drift, mask, x))
         for _ in range(PASSES):
             for part in np.array_split(rng.permutation(len(idx)), min(PARTS, len(idx))):
                 with self.machine.autocast():
-                    loss, *values = self.loss(
-                        *(tensor[torch.from_numpy(part)] for tensor in tensors)
-                    )
-                measured.append(values)
-                yield [loss]
-        kl = drift.sum(1).mean().item()
-        self.stats = {
-            "score": scores.mean().item(),
-            "kl": kl,
-            "length": mask.sum().item() / len(idx),
-        }
-        self.stats |= {"ended": ended.float().mean().item()}
-        self.stats |= dict(zip(("clipped", "extra_loss"), torch.tensor(measured).mean(0).tolist()))
-        self.stop = f"KL {kl:.1f} from the start (--max_kl)" if kl > config.max_kl else None
+                    terms = self.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))
+                yield [terms.pop("loss")]
+                self.record(**terms)
+        kl = drift.sum(1)
+        self.record(score=scores, kl=kl, length=mask.sum(1), ended=ended)
+        if kl.mean() > config.max_kl:
+            self.stop = f"the KL from the start is {kl.mean():.1f} nats (--max_kl)"
         state["examples"] += len(examples)
         state["tokens"] += int(mask.sum())
 
-    def evaluate(self):
-        """The best checkpoint is that of the highest score, less beta times the KL."""
-        metrics = self.measure("val")
-        value = metrics["score"] - self.config.beta * metrics["kl"]
-        return {"val_loss": -value, "val_score": metrics["score"], "val_kl": metrics["kl"]}
-
     def measure(self, split):
+        """The best checkpoint is that of the highest score, less beta times the KL."""
         idx, targets, scores, _ = self.respond(self.splits[split][:100], seed=0)
-        with torch.no_grad(), self.machine.autocast():
-            (log_probs, _), (reference, _) = (
-                self.states(gpt.eval(), idx, targets) for gpt in (self.gpt, self.reference)
-            )
-        self.model.train()
-        kl = (log_probs - reference).sum().item() / len(idx)
-        return {"score": scores.mean().item(), "kl": kl}
+        score, kl = scores.mean().item(), self.compare(idx, targets)[1].sum(1).mean().item()
+        return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
 
 class PPO(Policy):
@@ -810,27 +765,32 @@ class PPO(Policy):
 
     def set_up(self):
         super().set_up()
-        self.critic = self.model["head"] = nn.Linear(self.gpt.config.n_embd, 1)
-        nn.init.zeros_(self.critic.weight)
-        nn.init.zeros_(self.critic.bias)
+        self.add_head(1, std=0)
 
     def judge(self, scores, drift, mask, x):
         """-> whitened advantages and returns, (B, T). Each token costs β (log π − log ρ); the last
         one earns the score."""
-        values = torch.zeros_like(drift).masked_scatter(mask, self.critic(x)[:, 0].float())
+        with torch.no_grad():
+            values = torch.zeros_like(drift).masked_scatter(mask, self.values(x))
         rewards = -self.config.beta * drift
         last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # where each answer ends
         rewards[torch.arange(len(rewards)), last] += scores
         advantages = advantages_of(rewards, values, mask)
         return whiten(advantages, mask), advantages + values
 
+    def values(self, x):
+        return self.model["head"](x.to(self.model["head"].weight.dtype))[:, 0].float()
+
     def loss(self, idx, targets, old_log_probs, advantages, returns):
-        """-> loss, clipped share, value loss."""
         mask = targets != -100
         log_probs, x = self.states(self.gpt, idx, targets)
         loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
-        value_loss = (self.critic(x)[:, 0].float() - returns[mask]).square().mean() / 2
-        return loss + VALUE_WEIGHT * value_loss, clipped, value_loss.detach()
+        value_loss = (self.values(x) - returns[mask]).square().mean() / 2
+        return {
+            "loss": loss + VALUE_WEIGHT * value_loss,
+            "clipped": clipped,
+            "value_loss": value_loss,
+        }
 
 
 class GRPO(Policy):
@@ -850,55 +810,41 @@ class GRPO(Policy):
         return advantages.view(-1, 1) * mask, drift
 
     def loss(self, idx, targets, old_log_probs, advantages, drift):
-        """-> loss, clipped share, KL: ρ/π − log ρ/π − 1, an estimate that is never negative."""
         mask = targets != -100
         log_probs, _ = self.states(self.gpt, idx, targets)
         loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
         log_ratio = (old_log_probs - drift)[mask] - log_probs  # log ρ/π
-        kl = (log_ratio.exp() - log_ratio - 1).mean()
-        return loss + self.config.beta * kl, clipped, kl.detach()
+        kl = (log_ratio.exp() - log_ratio - 1).mean()  # an estimate that is never negative
+        return {"loss": loss + self.config.beta * kl, "clipped": clipped, "kl_loss": kl}
 
 
 # --- files, examples, batches ---------------------------------------------------------------------
 
 
-def manual_examples(kind):
-    """Yields (module, row) from the docstrings of Python's library, grouped by module.
+def manual_texts():
+    """Yields (where, row): docstrings of Python's library, labeled with the package that they are
+    from, for the eight packages that have most, up to 300 of each."""
+    entries = [entry for entry in library_docstrings() if "." in entry[0]]
+    entries.sort(key=lambda entry: position(entry[1]))
+    counts = collections.Counter(module.split(".")[0] for module, _, _ in entries)
+    for label, _ in counts.most_common(8):
+        texts = [(m, text) for m, _, text in entries if m.split(".")[0] == label and clean(text)]
+        for module, text in texts[:300]:
+            yield module, {"text": text, "label": label, "group": module}
 
-    classify: a docstring, and the package it is from, one of those that have many modules.
-    instruct: "Explain NAME(ARGUMENTS).", and the first sentence of its docstring; for every fourth,
-    also where it is. preference: an explanation, and as a worse one that of something else.
-    """
-    entries = [(module, title, clean(text)) for module, title, text in library_docstrings()]
-    if kind == "classify":
-        modules = collections.Counter(module.split(".")[0] for module in {m for m, _, _ in entries})
-        sizes = collections.Counter(module.split(".")[0] for module, _, _ in entries)
-        entries.sort(key=lambda entry: position(entry[1]))
-        taken = collections.Counter()
-        for module, _, text in entries:
-            label = module.split(".")[0]
-            taken[label] += 1
-            if modules[label] >= 10 and sizes[label] >= 150 and taken[label] <= 300 and text:
-                yield module, {"text": text, "label": label, "group": module}
-        return
-    # neighbors are of the same split, so that no explanation stands in two
-    entries.sort(key=lambda entry: position(entry[0]))
+
+def manual_answers():
+    """Yields (where, row): "Explain NAME(ARGUMENTS).", and as the answer the first sentence of its
+    docstring; as a worse one that of something else, mostly of the same split."""
     explained = []
-    for module, title, text in entries:
-        paragraph = " ".join(text.split("\n\n")[0].split())
+    for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[0])):
+        paragraph = " ".join(clean(text).split("\n\n")[0].split())
         sentence = re.match(r".*?[.!?](?= |$)|.*", paragraph)[0]
         if "._" not in title.split("(")[0] and 20 <= len(sentence) <= 200 and len(title) <= 100:
             explained.append((module, title, sentence))
     for i, (module, title, sentence) in enumerate(explained):
-        row = {"group": module, "instruction": f"Explain {title}."}
-        if kind == "preference":
-            worse = explained[i - 50][2]
-            yield module, {**row, "chosen": sentence, "rejected": worse}
-            continue
-        yield module, {**row, "output": sentence}
-        if i % 4 == 1:
-            question = f"Where is {title.split('(')[0]}?"
-            yield module, {**row, "instruction": question, "output": f"In the module {module}."}
+        answers = {"output": sentence, "chosen": sentence, "rejected": explained[i - 50][2]}
+        yield module, {"group": module, "instruction": f"Explain {title}.", **answers}
 
 
 def split_of(group, config):
@@ -957,40 +903,35 @@ def as_answer(text):
     return {"role": "assistant", "content": text}
 
 
-def prompt_of(row):
-    """The conversation before the answer, [{"role", "content"}, ...]: from "messages", "prompt" or
-    "chosen", lists of messages, or from the texts "instruction" (or "prompt") and "input"."""
-    for name in ("messages", "prompt", "chosen"):
-        if isinstance(row.get(name), list):
-            messages = [{"role": m["role"], "content": clean(m["content"])} for m in row[name]]
-            if any(m["role"] not in ("system", "user", "assistant") for m in messages):
-                raise ValueError("roles are system, user and assistant")
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            break
+def conversation_of(row, *answers):
+    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; each of these answers: text;
+    "group": what no split divides, the row's own or else the prompt}.
+
+    The prompt is in "messages", "prompt" or "chosen", lists of messages up to an answer, or in the
+    texts "instruction" (or "prompt") and "input"; an answer in its column or the last message.
+    """
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    name = next((name for name in ("messages", "prompt", "chosen") if name in lists), None)
+    if name:
+        messages = [{"role": m["role"], "content": clean(m["content"])} for m in row[name]]
+        roles = [m["role"] for m in messages]
+        if not {*roles} <= {"system", "user", "assistant"}:
+            raise ValueError("roles are system, user and assistant")
+        if "assistant" in roles and name != "prompt":
+            del messages[len(roles) - 1 - roles[::-1].index("assistant") :]
     else:
         text = text_of(row, "instruction", "prompt")
         text += f"\n\n### Input:\n{text_of(row, 'input')}" if row.get("input") else ""
         messages = [{"role": "user", "content": text}]
-    if not any(message["content"] for message in messages):
+    prompt = "\n".join(message["content"] for message in messages)
+    if not prompt.strip():
         raise ValueError("there is no prompt")
-    return messages
-
-
-def answered(row, name):
-    """prompt_of and the answer: the text in this column, or the last message."""
-    value = row.get(name, row.get("messages"))
-    if isinstance(value, list):
-        answers = [clean(m["content"]) for m in value if m["role"] == "assistant"]
-        if not answers or not answers[-1]:
-            raise ValueError("there is no answer to learn")
-        return [*prompt_of(row), as_answer(answers[-1])]
-    return [*prompt_of(row), as_answer(text_of(row, name))]
-
-
-def group_of(row, messages):
-    """What no split divides: the row's "group", or the prompt."""
-    return str(row.get("group") or "\n".join(message["content"] for message in messages))
+    example = {"messages": messages, "group": str(row.get("group") or prompt)}
+    for name in answers:
+        said = lists.get(name, lists.get("messages", []) if name == "output" else [])
+        said = [{name: m["content"]} for m in said if m["role"] == "assistant"]
+        example[name] = text_of((said or [row])[-1], name)
+    return example
 
 
 def to_row(parts, block_size, learned="all answers"):
@@ -1011,11 +952,9 @@ def to_row(parts, block_size, learned="all answers"):
 
 
 class Batches:
-    """An endless, reproducible sequence of batches, each of examples of about the same length.
-
-    Every epoch shuffles the examples, sorts each 32 batches of them by length, and shuffles the
-    batches. batches[n], the numbers of the examples in it, depends on seed and n alone.
-    """
+    """An endless, reproducible sequence of batches, each of examples of about the same length: an
+    epoch sorts them by their lengths, each changed by up to a fifth at random. batches[n], the
+    numbers of the examples in it, depends on seed and n alone."""
 
     def __init__(self, lengths, batch_size, seed):
         self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
@@ -1024,13 +963,10 @@ class Batches:
     def __getitem__(self, n):
         epoch, i = divmod(n, self.per_epoch)
         if epoch != self.epoch:
-            rng, size = np.random.default_rng([self.seed, epoch]), self.batch_size
-            order = rng.permutation(len(self.lengths))
-            chunks = np.split(order, range(32 * size, len(order), 32 * size))
-            order = np.concatenate([c[np.argsort(self.lengths[c], kind="stable")] for c in chunks])
-            batches = np.split(order, range(size, len(order), size))
-            self.batches = [batches[i] for i in rng.permutation(len(batches))]
-            self.epoch = epoch
+            rng = np.random.default_rng([self.seed, epoch])
+            order = np.argsort(self.lengths * rng.uniform(0.8, 1.2, len(self.lengths)))
+            batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+            self.batches, self.epoch = [batches[j] for j in rng.permutation(len(batches))], epoch
         return self.batches[i]
 
 
@@ -1086,7 +1022,7 @@ def main(argv=None):
     folder = pathlib.Path(config.out_dir)
     with lock(folder):
         task.prepare()
-        _, before = task.held_out_answers()
+        task.write_answers("before")
         if saved:
             with damaged(folder / "last.pt"):
                 task.model.load_state_dict(saved["model"])
@@ -1096,7 +1032,7 @@ def main(argv=None):
         if (folder / "best.pt").exists():
             task.load_best(load_checkpoint(folder / "best.pt"))
         task.report(folder)
-        task.write_answers(folder, before)
+        task.write_answers("after", folder)
 
 
 if __name__ == "__main__":

@@ -269,17 +269,15 @@ class GPT(nn.Module):
         vocab_size = vocab_size or self.config.vocab_size
         block_size = block_size or self.config.block_size
         self.config = replace(self.config, vocab_size=vocab_size, block_size=block_size)
-        wte, wpe, lm_head = self.transformer.wte, self.transformer.wpe, self.lm_head
-        for module, rows in ((wte, vocab_size), (lm_head, vocab_size), (wpe, block_size)):
+        tables = [(self.transformer.wte, "num_embeddings", vocab_size)]
+        tables += [(self.lm_head, "out_features", vocab_size)]
+        tables += [(self.transformer.wpe, "num_embeddings", block_size)]
+        for module, size, rows in tables:
             old = module.weight
             new = old.new_empty(rows, old.size(1)).normal_(std=0.02)
             new[: len(old)] = old[:rows]
             module.weight = nn.Parameter(new, old.requires_grad)
-        wte.num_embeddings, lm_head.out_features, wpe.num_embeddings = (
-            vocab_size,
-            vocab_size,
-            block_size,
-        )
+            setattr(module, size, rows)
         self.tie_weights()
 
     def checkpoint(self):
@@ -321,7 +319,7 @@ def sinusoids(length, n_embd):
     return math.sqrt(2) * pairs.flatten(1)[:, :n_embd]
 
 
-LOGITS_AT_ONCE = 2**25  # 128 MB in float32
+LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 
 
 def next_token_losses(lm_head, x, targets):
@@ -424,7 +422,11 @@ def pick_dtype(device):
         matrix @ matrix
         return time.perf_counter() - start
 
-    bfloat16, float32 = (min(seconds(d) for _ in range(5)) for d in (torch.bfloat16, torch.float32))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two would wait for each other if the machine is busy
+    times = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(10)]
+    torch.set_num_threads(threads)
+    bfloat16, float32 = map(min, zip(*times))
     return torch.bfloat16 if 1.5 * bfloat16 < float32 else torch.float32
 
 

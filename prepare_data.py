@@ -167,19 +167,15 @@ def read_json(path, skip=refuse):
 
 def split_file(path, separator, block_size=1 << 20):
     """Yields (byte offset, bytes) of each part between separators, reading a block at a time."""
-    buffer, offset, searched = bytearray(), 0, 0
+    buffer, offset = b"", 0
     with open(path, "rb") as file:
-        while block := file.read(block_size):
-            buffer += block
-            start = 0
-            while (end := buffer.find(separator, max(start, searched))) >= 0:
-                yield offset + start, buffer[start:end]
-                start = end + len(separator)
-            del buffer[:start]
-            offset += start
-            # a separator that is still incomplete can begin only in the last bytes
-            searched = max(0, len(buffer) - len(separator) + 1)
-        yield offset, buffer
+        # each block is as long as what is waiting, so a long part is not searched again and again
+        while block := file.read(max(block_size, len(buffer))):
+            *parts, buffer = (buffer + block).split(separator)
+            for part in parts:
+                yield offset, part
+                offset += len(part) + len(separator)
+    yield offset, buffer
 
 
 PAGE = re.compile(r"\s*(<!doctype html|<html)", re.IGNORECASE)
