@@ -425,9 +425,9 @@ class Classify(Task):
             train.sort(key=lambda example: position(example["text"]))
             by_label = [[e for e in train if e["label"] == label] for label in labels]
             self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
+        self.add_head(len(self.labels), std=0.02)
         if len(self.labels) < 2:
             raise ValueError(f"nothing to tell apart: the labels are {self.labels}")
-        self.add_head(len(self.labels), std=0.02)
 
     def rows_default(self):
         return manual_texts()
@@ -993,7 +993,7 @@ def settle(config):
     config.eval_only |= task is Choice
     config.out_dir = config.out_dir or f"out/{config.task}"
     for name, value in {**SHARED_DEFAULTS, **DEFAULTS[config.task]}.items():
-        if not getattr(config, name):
+        if name != "learning_rate" and not getattr(config, name):  # it depends on the model
             setattr(config, name, value)
     models = [config.init_from] + [config.reward_model] * issubclass(task, Policy)
     for model in map(pathlib.Path, models):

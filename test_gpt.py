@@ -748,21 +748,24 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(tmp_path, mo
     class Killed(BaseException):
         pass
 
+    def counted(operation):
+        def count_down(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return operation(*args, **kwargs)
+
+        return count_down
+
+    left = [0]
     operations = [(os, "replace"), (pathlib.Path, "replace"), (pathlib.Path, "unlink")]
     metas = [prepare(tmp_path / "data", story(300, seed=seed)) for seed in (1, 2)]
     whole = {meta["digest"] for meta in metas}
     for n in range(20):
-        left = [n]
+        left[0] = n
         with monkeypatch.context() as patch:
             for owner, name in operations:
-
-                def counted(*args, original=getattr(owner, name), **kwargs):
-                    left[0] -= 1
-                    if left[0] < 0:
-                        raise Killed
-                    return original(*args, **kwargs)
-
-                patch.setattr(owner, name, counted)
+                patch.setattr(owner, name, counted(getattr(owner, name)))
             with contextlib.suppress(Killed):
                 prepare(tmp_path / "data", story(300, seed=1 + n % 2))
         try:
@@ -1376,6 +1379,702 @@ def test_gpt2_is_downloaded_once_and_only_whole(tmp_path, monkeypatch):
         assert asked.count(at + "config.json") == 2
 
 
+# --- fine-tuning ----------------------------------------------------------------------------------
+
+
+def labeled(n):
+    """Texts that have "cat" or "dog" in them, which is their label."""
+    rng = random.Random(1)
+    others = [word for word in WORDS if word not in ("cat", "dog")]
+    rows = []
+    for i in range(n):
+        words = rng.choices(others, k=rng.randrange(2, 6)) + [("cat", "dog")[i % 2]]
+        rng.shuffle(words)
+        rows.append({"text": " ".join(words) + f" {i}", "label": ("cat", "dog")[i % 2]})
+    return rows
+
+
+def asked(n):
+    """Instructions with their answers."""
+    return [{"instruction": f"say {WORDS[i % 12]} {i}", "output": WORDS[i % 12]} for i in range(n)]
+
+
+def preferred(n):
+    """Instructions whose better answers are other words than the worse ones."""
+    rows = [{"chosen": WORDS[i % 6], "rejected": f"{WORDS[6 + i % 5]} {i}"} for i in range(n)]
+    return [{"instruction": f"say {i}", **row} for i, row in enumerate(rows)]
+
+
+FEW = ["--max_iters=12", "--eval_interval=6", "--batch_size=4", "--warmup_iters=2"]
+FEW += ["--max_new_tokens=5", "--device=cpu", "--dtype=float32"]
+
+
+def run_finetune(base, out_dir, rows, *flags):
+    """finetune.py for 12 steps -> (last.pt, best.pt)."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    data = write_rows(out_dir / "x.jsonl", rows)
+    finetune.main([f"--init_from={base}", f"--out_dir={out_dir}", f"--data={data}", *FEW, *flags])
+    return [load_checkpoint(out_dir / name) for name in ("last.pt", "best.pt")]
+
+
+def make_task(base, rows, **settings):
+    """A task as main() makes it, ready to train."""
+    data = write_rows(pathlib.Path("x.jsonl"), rows)
+    settings = {"data": str(data), "device": "cpu", "dtype": "float32", **settings}
+    config = finetune.FinetuneConfig(init_from=str(base), **settings)
+    finetune.settle(config)
+    task = finetune.TASKS[config.task](config, train.Machine(config), load_checkpoint(base))
+    task.prepare()
+    return task
+
+
+def lora_model(b=0.0):
+    """A tiny model with LoRA, whose B matrices are about b."""
+    model = tiny_model()
+    finetune.add_lora(model, rank=2, alpha=4.0, dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if b and name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=b)
+    return model
+
+
+def test_lora_changes_nothing_at_first():
+    torch.manual_seed(1)
+    plain, idx = tiny_model(), tokens(2, 16)
+    torch.manual_seed(1)
+    model = lora_model()
+    assert torch.equal(plain(idx), model(idx))
+
+
+def test_lora_adds_its_product_times_alpha_over_rank():
+    linear, x = torch.nn.Linear(5, 3), torch.randn(4, 5)
+    lora = finetune.LoRALinear(linear, rank=2, alpha=6.0)
+    torch.nn.init.normal_(lora.lora_B)
+    product = x @ lora.lora_A.T @ lora.lora_B.T
+    torch.testing.assert_close(lora(x), linear(x) + 3 * product)
+
+
+def test_merged_lora_computes_the_same():
+    model, idx = lora_model(b=0.3), tokens(2, 16)
+    merged = GPT.from_checkpoint({**model.checkpoint(), "model": finetune.merged_weights(model)})
+    torch.testing.assert_close(merged(idx), model(idx))
+    assert not torch.allclose(merged(idx), lora_model()(idx))
+
+
+@pytest.mark.parametrize("train_flag", ["all", "last_block", "head", "lora"])
+def test_fine_tuning_changes_only_what_the_train_flag_names(train_flag, base, tmp_path):
+    flags = ["--task=classify", f"--train={train_flag}"]
+    last, best = run_finetune(base, tmp_path / "o", labeled(60), *flags)
+    before = load_checkpoint(base)["model"]
+    changed = {name for name in before if not torch.equal(before[name], best["model"][name])}
+    block = {name for name in before if name.startswith(("transformer.h.0", "transformer.ln_f"))}
+    adapted = {name for name in before if name.endswith(gpt.TRANSPOSED)}
+    expected = {"all": set(before), "last_block": block, "head": set(), "lora": adapted}
+    assert changed == expected[train_flag]
+    trained = {"all": len(before) + 2, "last_block": 16, "head": 2, "lora": 10}
+    assert len(last["optimizer"]["state"]) == trained[train_flag]
+    assert GPT.from_checkpoint(best).config == GPT.from_checkpoint(load_checkpoint(base)).config
+
+
+def test_fine_tuning_leaves_alone_the_embeddings_of_tokens_that_it_never_reads(base, tmp_path):
+    _, best = run_finetune(base, tmp_path / "o", asked(60))
+    before, after = (c["model"]["transformer.wte.weight"] for c in (load_checkpoint(base), best))
+    unchanged = (before == after).all(dim=1)
+    assert unchanged.any() and not unchanged.all()
+    assert unchanged[ord("Q")]
+
+
+def test_the_loss_of_a_conversation_is_on_its_answers_alone():
+    tokenizer = build_tokenizer(bpe_spec(train_bpe([story(200)], 260)))
+    end = tokenizer.eot_token
+    turns = [("system", "be short"), ("user", "the cat"), ("assistant", "sees a dog")]
+    turns += [("user", "and"), ("assistant", "not a red house")]
+    for template in ("roles", "alpaca"):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        parts = prepare_data.chat_parts(messages, tokenizer, template)
+        answers = [tokenizer.encode(c) + [end] for role, c in turns if role == "assistant"]
+        for learned in ("all answers", "last answer"):
+            idx, targets = finetune.to_row(parts, 1000, learned)
+            expected = answers if learned == "all answers" else answers[-1:]
+            assert [t for t in targets if t != -100] == list(itertools.chain(*expected))
+            for i, target in enumerate(targets):  # the state at i predicts the token at i + 1
+                assert target == -100 or target == idx[i + 1]
+        text = tokenizer.decode(idx)
+        assert all(content in text for _, content in turns)
+        assert finetune.to_row(parts, 1000, "all")[1] == [*idx[1:], -100]
+
+
+def test_an_example_too_long_loses_its_beginning_but_keeps_an_answer():
+    parts = [([1] * 10, False), ([2] * 3, True), ([3] * 10, False), ([4] * 5, True)]
+    assert finetune.to_row(parts, 100)[1].count(4) == 5
+    idx, targets = finetune.to_row(parts, 8)
+    assert idx == [3] * 3 + [4] * 5
+    assert targets == [-100] * 2 + [4] * 5 + [-100]
+    idx, targets = finetune.to_row(parts, 3)  # not even the answer fits: its end goes
+    assert idx == [3, 4, 4]
+    assert targets == [4, 4, 4]
+
+
+def test_padding_changes_neither_loss_nor_score(base):
+    task = make_task(base, labeled(40), task="classify", lm_weight=0.0)
+    examples = [{"rows": [(row, [*row[1:], -100])]} for row in ([5], [1, 2, 3], [9] * 16)]
+    task.model.eval()
+
+    def measured(examples):
+        idx, targets, last = task.collate(examples)
+        losses = finetune.token_log_probs(task.gpt, idx, targets).sum(1)
+        return losses, task.scores(task.gpt.hidden(idx), last)
+
+    losses, scores = measured(examples)
+    for i, example in enumerate(examples):
+        torch.testing.assert_close(measured([example])[0], losses[i : i + 1])
+        torch.testing.assert_close(measured([example])[1], scores[i : i + 1])
+        ((idx, targets),) = example["rows"]
+        logits = task.gpt(torch.tensor([idx]))[0].log_softmax(-1)
+        by_hand = sum(logits[t, target] for t, target in enumerate(targets[:-1]))
+        assert losses[i].item() == pytest.approx(float(by_hand), abs=1e-4)
+    hidden = task.gpt.hidden(torch.tensor([examples[1]["rows"][0][0]]))[0, -1]
+    torch.testing.assert_close(task.model["head"](hidden), scores[1])
+
+
+def test_every_target_weighs_the_same_however_the_step_is_divided(base, tmp_path):
+    held_out = write_rows(tmp_path / "v.jsonl", [{"instruction": "say", "output": "a"}])
+    flags = ["--max_iters=1", "--eval_interval=1", f"--val={held_out}", f"--test={held_out}"]
+    divided = (["--batch_size=40"], ["--batch_size=4", "--gradient_accumulation_steps=10"])
+    runs = [
+        run_finetune(base, tmp_path / f"{i}", asked(40), *flags, *batches)  # of unlike length
+        for i, batches in enumerate(divided)
+    ]
+    for name, weight in runs[0][0]["model"].items():
+        torch.testing.assert_close(weight, runs[1][0]["model"][name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--task=classify"],
+        ["--task=instruct", "--train=lora", "--lora_dropout=0.1"],
+        ["--task=dpo"],
+        ["--task=ppo", "--lr_decay_iters=12"],
+        ["--task=grpo", "--lr_decay_iters=12", "--group_size=3", "--train=lora"],
+    ],
+)
+def test_resumed_fine_tuning_is_uninterrupted_fine_tuning(flags, base, tmp_path, monkeypatch):
+    toy_reward(monkeypatch)
+    rows = labeled(60) if "--task=classify" in flags else preferred(60)
+    rows = asked(60) if "--task=instruct" in flags else rows
+    flags = [*flags, "--dropout=0.1"]
+    whole = run_finetune(base, tmp_path / "whole", rows, *flags)
+    parts = tmp_path / "parts"
+    run_finetune(base, parts, rows, *flags, "--max_iters=6", "--lr_decay_iters=12")
+    finetune.main([*flags[:1], "--init_from=resume", f"--out_dir={parts}", "--max_iters=12"])
+    for a, name in zip(whole, ("last.pt", "best.pt")):
+        b = load_checkpoint(parts / name)
+        assert_equal(a["model"], b["model"])
+        assert_equal(a.get("optimizer"), b.get("optimizer"))
+    assert whole[0]["state"]["best_val_loss"] == b_state(parts)["best_val_loss"]
+
+
+def b_state(folder):
+    return load_checkpoint(folder / "last.pt")["state"]
+
+
+def test_a_classifier_learns_answers_and_can_be_trained_further(base, tmp_path, capsys):
+    flags = ["--task=classify", "--max_iters=300", "--lm_weight=0.1", "--learning_rate=3e-3"]
+    run_finetune(base, tmp_path / "o", labeled(200), *flags, "--patience=20", "--eval_interval=20")
+    out = capsys.readouterr().out
+    assert len(re.findall(r"\n(val|test) +accuracy.*commonest label: accuracy 0.[456]", out)) == 2
+    with open(tmp_path / "o" / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    right = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
+    assert right > 0.75
+    assert f"{right:.4f}" in out
+    model = ["--task=classify", f"--init_from={tmp_path}/o", "--device=cpu", "--dtype=float32"]
+    for row in rows[:3]:
+        capsys.readouterr()
+        finetune.main([*model, f"--predict={row['text']}"])
+        label, probability = capsys.readouterr().out.split()
+        assert label == row["predicted"]
+        assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-3)
+    # --eval_only measures all examples of its file, as one split
+    finetune.main([*model, f"--data={write_rows(tmp_path / 't.jsonl', rows)}", "--eval_only"])
+    out = capsys.readouterr().out
+    assert f"test  accuracy {right:.4f}" in out and "train" not in out.partition("\n")[2]
+    # a second training starts from the first one's head
+    task = make_task(tmp_path / "o", labeled(200), task="classify")
+    assert_equal(task.model["head"].state_dict(), load_checkpoint(tmp_path / "o")["head"])
+
+
+def test_a_classifiers_curves_compare_like_with_like(base, tmp_path):
+    flags = ["--task=classify", "--log_interval=6", "--learning_rate=1e-9"]
+    run_finetune(base, tmp_path / "o", labeled(60), *flags)
+    label_loss, val_loss = (column(tmp_path / "o", name) for name in ("label_loss", "val_loss"))
+    assert label_loss[0] == pytest.approx(val_loss[0], abs=0.1)  # nothing is learned
+    assert column(tmp_path / "o", "train_loss")[0] > label_loss[0] + 0.5
+    assert finetune.Classify.curves == ("label_loss", "val_loss")
+
+
+def test_training_the_head_alone_computes_no_next_token_loss(base, monkeypatch):
+    calls, losses = [], finetune.next_token_losses
+    record = lambda *args: calls.append(1) or losses(*args)
+    monkeypatch.setattr(finetune, "next_token_losses", record)
+    for name, count in {"head": 0, "all": 1}.items():
+        task = make_task(base, labeled(40), task="classify", train=name)
+        task.terms(task.splits["train"][:4])
+        assert len(calls) == count
+
+
+@pytest.mark.parametrize("task_name", ["classify", "reward"])
+def test_scores_keep_their_precision_under_autocast(task_name, base):
+    rows = labeled(60) if task_name == "classify" else preferred(60)
+    task = make_task(base, rows, task=task_name, dtype="bfloat16")
+    idx, _, last = task.collate(task.splits["train"][:16])
+    with task.machine.autocast():
+        scores = task.scores(task.gpt.hidden(idx), last)
+    assert scores.dtype == torch.float32
+    assert task.measure("val")["loss"] != round(task.measure("val")["loss"], 2)
+
+
+def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(base):
+    rows = [row for i, row in enumerate(labeled(120)) if row["label"] == "cat" or i % 3 == 0]
+    balanced = make_task(base, rows, task="classify", balance=True).splits
+    plain = make_task(base, rows, task="classify").splits
+    labels = [example["label"] for example in balanced["train"]]
+    rarest = sum(example["label"] == "dog" for example in plain["train"])
+    assert labels.count("cat") == labels.count("dog") == rarest
+    assert balanced["test"] == plain["test"]
+
+
+def test_a_longer_context_grows_positions_that_are_trained(base, tmp_path):
+    rows = [{**row, "text": row["text"] * 4} for row in labeled(60)]
+    flags = ["--task=classify", "--train=lora", "--block_size=64"]
+    _, best = run_finetune(base, tmp_path / "o", rows, *flags)
+    table = best["model"]["transformer.wpe.weight"]
+    assert table.shape == (64, 16)
+    before = load_checkpoint(base)["model"]["transformer.wpe.weight"]
+    assert (table[:16] != before).all()  # though the rest is frozen
+
+
+def test_splits_share_no_text_and_no_group(base):
+    rows = [{"text": f"t{i % 270}", "group": i % 270 // 3, "label": "a"} for i in range(300)]
+    rows += [{"text": f"u{i}", "group": f"u{i}", "label": "b"} for i in range(300)]
+    test = [{"text": f"t{i}", "group": i // 3, "label": "a"} for i in range(9)]
+    write_rows(pathlib.Path("test.jsonl"), test)
+    for flags in ({}, {"test": "test.jsonl"}):
+        splits = make_task(base, rows, task="classify", **flags).splits
+        for what in ("text", "group"):
+            sets = [{example[what] for example in some} for some in splits.values()]
+            assert all(sets)
+            assert sum(map(len, sets)) == len(set.union(*sets))
+        if not flags:
+            for split, share in {"val": 0.1, "test": 0.1}.items():
+                assert len(splits[split]) / 600 == pytest.approx(share, abs=0.05)
+        else:
+            assert len(splits["test"]) == 9
+
+
+def test_batches_hold_every_example_once_an_epoch_and_mostly_of_one_length():
+    lengths = np.random.default_rng(0).integers(1, 100, 203)
+    batches = finetune.Batches(lengths, 8, seed=1)
+    epochs = [[batches[n].tolist() for n in range(e * 26, e * 26 + 26)] for e in range(2)]
+    for epoch in epochs:
+        assert sorted(itertools.chain(*epoch)) == list(range(203))
+        spread = np.mean([np.ptp(lengths[batch]) for batch in epoch])
+        assert spread < np.ptp(lengths) / 2
+    assert epochs[0] != epochs[1]
+    assert [batches[n].tolist() for n in range(26)] == epochs[0]  # also in another order
+
+
+def test_pairs_are_batched_by_their_longer_answer(base):
+    rows = [{**row, "rejected": "the " * (i % 9)} for i, row in enumerate(preferred(60))]
+    rows = [{**row, "rejected": row["rejected"] or "a"} for row in rows]
+    task = make_task(base, rows, task="dpo")
+    longest = [max(len(idx) for idx, _ in e["rows"]) for e in task.splits["train"]]
+    assert task.batches.lengths.tolist() == longest
+
+
+def test_learning_rates_fall_with_the_width_and_are_higher_for_lora(base, tmp_path):
+    wide = GPT(GPTConfig(**{**TINY, "vocab_size": 284, "n_embd": 64}))
+    spec = {"tokenizer": load_checkpoint(base)["tokenizer"]}
+    gpt.save_checkpoint(tmp_path / "best.pt", {**wide.checkpoint(), **spec})
+    rates = [
+        make_task(model, asked(60), **how).config.learning_rate
+        for model, how in ((base, {}), (tmp_path, {}), (base, {"train": "lora"}))
+    ]
+    assert rates[0] / rates[1] == pytest.approx((64 / 16) ** 1.5)
+    assert rates[2] == 3 * rates[0]
+    assert make_task(base, asked(60), learning_rate=0.5).config.learning_rate == 0.5
+
+
+def test_short_texts_and_few_prompts_train_too(base, tmp_path, monkeypatch):
+    toy_reward(monkeypatch)
+    rows = [{"text": "ab"[i % 2] * (i // 2 + 1), "label": "ab"[i % 2]} for i in range(40)]
+    run_finetune(base, tmp_path / "o", rows, "--task=classify", "--batch_size=1")
+    run_finetune(base, tmp_path / "p", asked(30), "--task=ppo", "--batch_size=3", "--max_iters=2")
+
+
+def test_instruction_tuning_is_measured_and_answers_before_and_after(base, tmp_path, capsys):
+    flags = ["--max_iters=200", "--learning_rate=3e-3", "--eval_interval=100"]
+    rows = [{"instruction": f"say {w} {i}", "output": "red"} for w in WORDS for i in range(8)]
+    run_finetune(base, tmp_path / "o", rows, *flags)
+    losses = column(tmp_path / "o", "val_loss")
+    assert column(tmp_path / "o", "val_perplexity") == pytest.approx(list(map(math.exp, losses)))
+    lines = (tmp_path / "o" / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = list(map(json.loads, lines))
+    assert all(line["after"] == line["output"] == "red" for line in answers)
+    assert not any(line["before"] == "red" for line in answers)
+    test = {r["instruction"] for r in rows if 0.1 <= prepare_data.position(r["instruction"]) < 0.2}
+    assert {line["messages"][0]["content"] for line in answers} == test
+    assert re.search(r"\ntest +loss", capsys.readouterr().out)
+
+
+def test_multiple_choice_picks_the_likelier_ending(base, tmp_path, capsys):
+    rows = [
+        {"ctx": f"the cat {i}", "endings": ["sees a dog", "\x07 zq#"], "label": label}
+        for i, label in enumerate((0, 0, 1, 0))
+    ]
+    data = write_rows(tmp_path / "x.jsonl", rows)
+    finetune.main(["--task=choice", f"--init_from={base}", f"--data={data}", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert "accuracy 0.7500" in out and "accuracy_per_byte 0.7500" in out
+
+
+def test_every_kind_of_table_gives_the_same_examples(tmp_path):
+    rows = [{"label": "a", "text": 'say "hi", ok'}, {"label": "b", "text": "c"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    quoted = 'a,"say ""hi"", ok"\nb,c\n'
+    plain = 'a\tsay "hi", ok\nb\tc\n'
+    files = {
+        "a.jsonl": lines,
+        "b.json": json.dumps(rows),
+        "c.json": lines,
+        "d.csv": f"label,text\n{quoted}",
+        "e.CSV": f"\ufefflabel,text\n{quoted}",
+        "f.csv": 'label;text\na;"say ""hi"", ok"\nb;c\n',
+        "g.tsv": f"label\ttext\n{plain}",
+        "h.tsv": f"Label\tText\n{plain}",
+        "i.tsv": plain,
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        read = [row for _, row in finetune.read_rows(tmp_path / name, ("label", "text"))]
+        assert read == rows, name
+    (tmp_path / "j.tsv").write_text(f"label\tsentence\n{plain}", encoding="utf-8")
+    assert len(list(finetune.read_rows(tmp_path / "j.tsv", ("label", "text")))) == 2
+
+
+def test_conversations_come_as_texts_or_as_lists_of_messages():
+    user = [{"role": "user", "content": "hi"}]
+    said = [{"role": "assistant", "content": "yes"}]
+    for row in (
+        {"prompt": "hi", "chosen": "yes", "rejected": "no"},
+        {"prompt": user, "chosen": said, "rejected": "no"},
+        {"chosen": user + said, "rejected": [*user, {"role": "assistant", "content": "no"}]},
+        {"messages": user + said, "chosen": "yes", "rejected": "no"},
+    ):
+        found = finetune.conversation_of(row, "chosen", "rejected")
+        assert found == {"messages": user, "group": "hi", "chosen": "yes", "rejected": "no"}
+    found = finetune.conversation_of({"messages": user + said + user + said + user}, "output")
+    assert found["messages"] == user + said + user and found["output"] == "yes"
+    row = {"instruction": "add", "input": "1 2", "output": "3", "group": 5}
+    assert finetune.conversation_of(row, "output")["group"] == "5"
+    assert "### Input:\n1 2" in finetune.conversation_of(row)["messages"][0]["content"]
+
+
+BAD_EXAMPLES = {  # what the error must say: task, rows
+    "line 1: no column text .found: body, label": ("classify", [{"body": "a", "label": "b"}]),
+    "line 1: label is empty": ("classify", [{"text": "a", "label": " "}]),
+    "nothing to tell apart": ("classify", [{"text": str(i), "label": "b"} for i in range(50)]),
+    "too few examples": ("classify", [{"text": "a", "label": "a"}]),
+    "line 1: .*list": ("classify", [["a", "b"]]),
+    "there is no prompt": ("instruct", [{"messages": [{"role": "assistant", "content": "a"}]}]),
+    "output is empty": ("instruct", [{"instruction": "a", "output": ""}]),
+    "no column instruction or prompt": ("instruct", [{"output": "a"}]),
+    "roles are system": ("instruct", [{"messages": [{"role": "robot", "content": "a"}]}]),
+    "no column rejected": ("reward", [{"prompt": "a", "chosen": "b"}]),
+    "line 1: label 0, but 1 endings": ("choice", [{"ctx": "a", "endings": ["b"], "label": 0}]),
+}
+
+
+@pytest.mark.parametrize("complaint", BAD_EXAMPLES)
+def test_a_bad_example_is_refused_with_its_place(complaint, base):
+    name, rows = BAD_EXAMPLES[complaint]
+    with pytest.raises(ValueError, match=complaint):
+        make_task(base, rows, task=name)
+
+
+def test_impossible_fine_tuning_is_refused_with_the_reason(base, tmp_path):
+    data = write_rows(tmp_path / "x.jsonl", labeled(40))
+    write_rows(tmp_path / "val.jsonl", [{"text": "a", "label": "bird"}])
+    good = ["--task=classify", f"--init_from={base}", f"--data={data}", f"--out_dir={tmp_path}/o"]
+    for flags, complaint in [
+        (["--task=swim"], "--task=swim.*classify"),
+        (["--train=some"], "--train=some.*lora"),
+        (["--template=some"], "--template=some.*alpaca"),
+        (["--task=instruct", "--train=head"], "--train=head"),
+        (["--val=val.jsonl"], "training has no label 'bird'"),
+        (["--predict=a"], "no head; --task=classify trains one"),
+        (["--task=instruct", "--predict=a"], "--predict is for --task=classify"),
+        (["--data=none.csv"], "none.csv"),
+        (["--data=none.txt"], "give a .jsonl, .json, .csv or .tsv file"),
+        (["--init_from=resume"], "no such checkpoint"),
+        (["--task=choice", "--data="], "--data=FILE"),
+        ([f"--out_dir={base}"], "which is needed"),
+        (["--text_field=body"], "no column body"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=complaint):
+            finetune.main([*good, *FEW, *flags])
+
+
+def test_the_default_examples_are_complete_and_their_held_out_modules_are_not_pretrained(
+    monkeypatch,
+):
+    text = "Return the {} of this thing. And more."
+    entries = [
+        (f"{'abcdefghij'[p]}.m{m}", f"{'abcdefghij'[p]}.m{m}.f{i}(x)", text.format(f"{p} {m} {i}"))
+        for p in range(10)
+        for m in range(12)
+        for i in range(1 + p)
+    ]
+    monkeypatch.setattr(finetune, "library_docstrings", lambda: entries)
+    texts, answers = list(finetune.manual_texts()), list(finetune.manual_answers())
+    assert {row["label"] for _, row in texts} == set("cdefghij")  # the eight with the most
+    assert len(answers) == len(entries)
+    config = finetune.FinetuneConfig()
+    monkeypatch.setattr(prepare_data, "library_docstrings", lambda: entries)
+    counts = prepare_data.collections.Counter()
+    pages = prepare_data.split_documents([], prepare_data.PrepareConfig(), None, counts)
+    pretrained = "\n".join(text for split, text in pages if split == "train")
+    for module, row in texts + answers:
+        assert row["group"] == module
+        held_out = finetune.split_of(row["group"], config) != "train"
+        assert held_out != (f"# {module}.f" in pretrained)
+    for _, row in answers:
+        assert row["output"] == row["chosen"] != row["rejected"]
+        assert row["output"].startswith("Return the ") and row["output"].endswith("thing.")
+
+
+# --- preferences and reinforcement learning -------------------------------------------------------
+
+
+def test_dpo_loss_is_its_equation():
+    chosen, rejected, ref_chosen, ref_rejected = (-torch.rand(4, 50) * 90).double()
+    losses, margins = finetune.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3)
+    for i in range(50):
+        ratio = (chosen[i] - ref_chosen[i]) - (rejected[i] - ref_rejected[i])
+        assert losses[i].item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.3 * ratio))))
+        assert margins[i].item() == pytest.approx(0.3 * ratio.item())
+
+
+@pytest.mark.parametrize("train_flag", ["all", "lora"])
+def test_dpo_begins_at_ln_2_and_learns_which_answer_is_better(train_flag, base, tmp_path, capsys):
+    flags = [f"--train={train_flag}", "--max_iters=60", "--log_interval=1"]
+    run_finetune(base, tmp_path / "o", preferred(120), "--task=dpo", *flags)
+    assert column(tmp_path / "o", "train_loss")[0] == pytest.approx(math.log(2))
+    assert "val_accuracy 0.5000" in capsys.readouterr().out  # all margins are 0
+    assert column(tmp_path / "o", "val_loss")[-1] < math.log(2)
+    assert column(tmp_path / "o", "val_margin")[-1] > 0
+    assert column(tmp_path / "o", "val_accuracy")[-1] > 0.5
+
+
+def test_dpo_compares_the_log_probabilities_of_the_last_answers_alone(base):
+    messages = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "the cat"))]
+    ask = lambda i: {"role": "user", "content": f"and {i}"}
+    rows = [{**row, "prompt": [*messages, ask(i)]} for i, row in enumerate(preferred(60))]
+    task = make_task(base, rows, task="dpo")
+    (idx, targets), _ = task.splits["train"][0]["rows"]
+    answer = [target for target in targets if target != -100]
+    assert answer[-1] == task.end
+    assert task.text(answer) == task.splits["train"][0]["chosen"]
+    found = task.terms(task.splits["train"][:1])
+    logits = task.gpt(torch.tensor([idx]))[0].log_softmax(-1)
+    by_hand = sum(logits[t, target] for t, target in enumerate(targets) if target != -100)
+    assert found["chosen"].item() == pytest.approx(float(by_hand), abs=1e-4)
+
+
+def test_a_reward_model_prefers_and_its_scores_are_standardized(base, tmp_path, capsys):
+    flags = ["--task=reward", "--max_iters=100", "--learning_rate=3e-3"]
+    run_finetune(base, tmp_path / "o", preferred(120), *flags)
+    assert column(tmp_path / "o", "val_accuracy")[-1] > 0.8
+    task = make_task(tmp_path / "o", preferred(120), task="reward")
+    scores = torch.cat(task.in_batches(task.splits["train"], task.scores_of))
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std().item() == pytest.approx(1, abs=1e-4)
+    together = task.score([([], text) for text in ("a", "the red dog")])  # padding changes nothing
+    for text, expected in zip(("a", "the red dog"), together.tolist()):
+        capsys.readouterr()
+        model = [f"--init_from={tmp_path}/o", "--device=cpu", "--dtype=float32"]
+        finetune.main(["--task=reward", *model, f"--predict={text}"])
+        assert float(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
+
+
+def test_advantages_are_their_definition():
+    rewards, values = torch.randn(2, 3, 9).double()
+    answered = torch.zeros(3, 9, dtype=torch.bool)
+    for row, (start, end) in enumerate([(2, 9), (0, 4), (5, 6)]):
+        answered[row, start:end] = True
+    rewards, values = rewards * answered, values * answered
+    found = finetune.advantages_of(rewards, values, answered)
+    gamma, lam = finetune.GAMMA, finetune.LAMBDA
+    for row in range(3):
+        steps = answered[row].nonzero()[:, 0].tolist()
+        for t in range(9):
+            expected = 0.0
+            for later in (s for s in steps if t in steps and s >= t):
+                following = values[row, later + 1] if later + 1 in steps else 0
+                delta = rewards[row, later] + gamma * following - values[row, later]
+                expected += (gamma * lam) ** (later - t) * delta
+            assert found[row, t].item() == pytest.approx(float(expected))
+
+
+def test_whitening_ignores_what_is_not_an_answer():
+    values, mask = torch.randn(4, 9) * 3 + 1, torch.rand(4, 9) < 0.5
+    white = finetune.whiten(values, mask)
+    assert white[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert white[mask].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    values[~mask] = 1e9
+    assert torch.equal(finetune.whiten(values, mask), white)
+    assert not white[~mask].any()
+
+
+def test_the_clipped_loss_gains_nothing_beyond_its_bounds():
+    old = torch.zeros(4)
+    new = torch.tensor([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()
+    loss, clipped = finetune.clipped_loss(new, old, torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    assert loss.item() == pytest.approx(-(1.2 - 0.8 - 1.5 + 0.5) / 4)
+    assert clipped == 1
+    loss.backward()
+    assert (new.grad == 0).tolist() == [True, True, False, False]
+
+
+def toy_reward(monkeypatch):
+    """In the place of a reward model: how much of an answer is the letter e."""
+
+    def score(conversations):
+        return torch.tensor(
+            [answer.count("e") / max(1, len(answer)) for _, answer in conversations]
+        )
+
+    def set_up(task):
+        task.score = score
+        task.reference = finetune.copy.deepcopy(task.gpt).requires_grad_(False)
+
+    monkeypatch.setattr(finetune.Policy, "set_up", set_up)
+
+
+def policy(base, monkeypatch, name, **settings):
+    toy_reward(monkeypatch)
+    settings = {"batch_size": 4, "max_new_tokens": 6, "group_size": 4, **settings}
+    return make_task(base, asked(80), task=name, **settings)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_first_update_of_a_policy_is_on_policy(name, base, monkeypatch):
+    task = policy(base, monkeypatch, name)
+    loss, judge = task.loss, task.judge
+    seen = []
+    monkeypatch.setattr(task, "judge", lambda *args: seen.append(args) or judge(*args))
+    monkeypatch.setattr(task, "loss", lambda *args: seen.append(args) or loss(*args))
+    state = {"step": 0, "examples": 0, "tokens": 0}
+    first = next(task.updates(state))[0]
+    (_, drift, _, _), (idx, targets, log_probs, _, _) = seen
+    assert drift.abs().max() < 1e-5
+    assert task.measured["clipped"] == [] and torch.isfinite(first)
+    answered = targets != -100
+    logits = task.gpt(idx).log_softmax(-1)  # the state before a token is the one that predicts it
+    for row, t in answered.nonzero().tolist():
+        assert log_probs[row, t] == pytest.approx(logits[row, t, targets[row, t]].item(), abs=1e-5)
+        if t + 1 < idx.size(1) and answered[row, t + 1]:
+            assert idx[row, t + 1] == targets[row, t]
+    assert task.loss(*seen[1])["clipped"] == 0
+
+
+def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(base, monkeypatch):
+    task = policy(base, monkeypatch, "ppo", beta=0.5)
+    mask = torch.tensor([[False, True, True, False], [True, True, True, True]])
+    drift, scores, x = torch.rand(2, 4) * mask, torch.tensor([3.0, -2.0]), torch.randn(6, 16)
+    with torch.no_grad():
+        task.model["head"].weight.normal_()
+        values = torch.zeros(2, 4).masked_scatter(mask, task.values(x))
+    rewards = -0.5 * drift
+    rewards[0, 2] += 3
+    rewards[1, 3] -= 2
+    advantages, returns = task.judge(scores, drift, mask, x)
+    expected = finetune.advantages_of(rewards, values, mask)
+    torch.testing.assert_close(returns, expected + values)
+    torch.testing.assert_close(advantages, finetune.whiten(expected, mask))
+
+
+def test_grpo_compares_the_answers_to_one_prompt(base, monkeypatch):
+    task = policy(base, monkeypatch, "grpo")
+    scores, mask = torch.tensor([1.0, 2, 3, 4, 7, 7, 7, 7]), torch.ones(8, 3, dtype=torch.bool)
+    mask[0, 0] = False
+    advantages, _ = task.judge(scores, torch.zeros(8, 3), mask, None)
+    assert (advantages[:, 1] == advantages[:, 2]).all() and advantages[0, 0] == 0
+    assert advantages[:4, 1].mean().item() == pytest.approx(0, abs=1e-6)
+    assert advantages[:4, 1].std().item() == pytest.approx(1, abs=1e-3)
+    assert advantages[:4, 1].tolist() == sorted(advantages[:4, 1].tolist())
+    assert not advantages[4:].any()  # equal scores teach nothing
+    # the KL's estimate is 0 at the reference and positive elsewhere, on either side
+    idx, targets, _ = task.collate([{"rows": [([1, 2, 3], [2, 3, -100])]}])
+    own = finetune.token_log_probs(task.gpt, idx, targets).detach()
+    for drift in (-0.5, 0.0, 0.5):
+        terms = task.loss(idx, targets, own, torch.zeros(1, 3), torch.full((1, 3), drift))
+        expected = math.exp(-drift) + drift - 1
+        assert terms["kl_loss"].item() == pytest.approx(expected, abs=1e-5)
+        assert terms["loss"].item() == pytest.approx(0.1 * expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_policies_find_the_reward(name, base, tmp_path, monkeypatch):
+    toy_reward(monkeypatch)
+    flags = [f"--task={name}", "--beta=0.01", "--max_kl=1e9", "--max_iters=40", "--log_interval=1"]
+    flags += ["--batch_size=16" if name == "ppo" else "--batch_size=4", "--eval_interval=20"]
+    run_finetune(base, tmp_path / "o", asked(80), *flags, "--learning_rate=5e-3")
+    scores = column(tmp_path / "o", "score")
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.2
+    value = [
+        0.01 * kl - s for kl, s in zip(*map(column_of(tmp_path / "o"), ("val_kl", "val_score")))
+    ]
+    assert column(tmp_path / "o", "val_loss") == pytest.approx(value)
+    lines = (tmp_path / "o" / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    assert any(json.loads(line)["before"] != json.loads(line)["after"] for line in lines)
+
+
+def column_of(out_dir):
+    return lambda name: column(out_dir, name)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_a_policy_with_a_large_penalty_stays_at_the_reference(name, base, tmp_path, monkeypatch):
+    toy_reward(monkeypatch)
+    kls = []
+    for beta in ("0", "5"):
+        flags = [f"--task={name}", f"--beta={beta}", "--max_kl=1e9", "--max_iters=15"]
+        flags += ["--log_interval=1", "--eval_interval=15", "--learning_rate=3e-3"]
+        run_finetune(base, tmp_path / beta, asked(80), *flags)
+        kls.append(sum(map(abs, column(tmp_path / beta, "kl")[-5:])))
+    assert kls[1] < kls[0] / 2
+
+
+def test_a_policy_stops_when_it_has_gone_too_far(base, tmp_path, monkeypatch, capsys):
+    toy_reward(monkeypatch)
+    flags = ["--task=ppo", "--beta=0", "--max_kl=0.05", "--max_iters=30", "--learning_rate=3e-3"]
+    flags += ["--eval_interval=1"]
+    last, _ = run_finetune(base, tmp_path / "o", asked(80), *flags)
+    assert "--max_kl" in capsys.readouterr().out
+    assert last["state"]["step"] < 30
+
+
+def test_ppo_reads_a_reward_model_from_its_checkpoint(base, tmp_path):
+    run_finetune(base, tmp_path / "reward", preferred(60), "--task=reward")
+    settings = {"reward_model": str(tmp_path / "reward"), "max_new_tokens": 5}
+    task = make_task(base, preferred(60), task="ppo", **settings)
+    reward = make_task(tmp_path / "reward", preferred(60), task="reward")
+    asked = [(e["messages"], e["chosen"]) for e in reward.splits["train"][:5]]
+    torch.testing.assert_close(task.score(asked), reward.score(asked))
+
+
 # --- flags, errors, accidents ---------------------------------------------------------------------
 
 
@@ -1496,7 +2195,7 @@ def test_scripts_run_with_closed_streams_and_a_reader_that_leaves(base, data_fol
     for streams in (">&-", "2>&-"):
         command = f"{sys.executable} sample.py {flags} {streams}"
         folder = pathlib.Path(train.__file__).parent
-        assert subprocess.run(command, shell=True, cwd=folder, stdout=-3).returncode == 0
+        subprocess.run(command, shell=True, check=True, cwd=folder, stdout=subprocess.DEVNULL)
     process = start("sample.py", *flags.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
     process.stdout.close()
