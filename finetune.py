@@ -158,8 +158,8 @@ def merged_weights(gpt):
 class Task:
     """What train() asks of a task, as far as all of them here answer alike. Each one adds
 
-    encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...], "group": ...,
-                      and more}; rows as in to_row, group as in split_of
+    encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
+                      "text": what it is about, "group": see split_of, and more}
     terms(examples)   -> {name: (N,)}: the mean of "loss" is what training minimizes, the means of
                       all are an evaluation
     """
@@ -208,8 +208,10 @@ class Task:
                 split = "test" if config.eval_only and path else file
                 split = split_of(example["group"], config) if split == "train" else split
                 splits[split].append(example)
-        held_out = {e["group"] for split in ("val", "test") for e in splits[split]}
-        splits["train"] = [e for e in splits["train"] if e["group"] not in held_out]
+        held_out = {e[key] for e in splits["val"] + splits["test"] for key in ("group", "text")}
+        splits["train"] = [
+            e for e in splits["train"] if held_out.isdisjoint((e["group"], e["text"]))
+        ]
         counts = {split: len(examples) for split, examples in splits.items()}
         print(f"examples: {counts}; {self.too_long} were too long and are cut")
         if not counts["test"] if config.eval_only else not counts["train"] * counts["val"]:
@@ -235,14 +237,14 @@ class Task:
 
     # the head of a classifier or a reward model
 
-    def add_head(self, outputs, std):
+    def add_head(self, outputs, std, labels=None):
         """A linear layer that reads the last token of a text, the only one that has seen all of it.
-        The head of a checkpoint of the same task is taken over."""
+        The head of a checkpoint of the same task, with the same labels, is taken over."""
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
         config = self.config
-        if self.start.get("task") == config.task and len(self.start["head"]["bias"]) == outputs:
+        if self.start.get("task") == config.task and self.start.get("labels") == labels:
             with damaged(config.init_from):
                 head.load_state_dict(self.start["head"])
         elif config.predict or config.eval_only:
@@ -391,7 +393,7 @@ class Task:
         for example, answer in zip(examples, self.answers([e["messages"] for e in examples], 0)):
             example[name] = self.text(answer)
         if folder and examples:
-            lines = [{k: e[k] for k in e if k not in ("rows", "group")} for e in examples]
+            lines = [{k: e[k] for k in e if k not in ("rows", "group", "text")} for e in examples]
             for line in lines[:5]:
                 print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -425,7 +427,7 @@ class Classify(Task):
             train.sort(key=lambda example: position(example["text"]))
             by_label = [[e for e in train if e["label"] == label] for label in labels]
             self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
-        self.add_head(len(self.labels), std=0.02)
+        self.add_head(len(self.labels), 0.02, self.labels)
         if len(self.labels) < 2:
             raise ValueError(f"nothing to tell apart: the labels are {self.labels}")
 
@@ -437,7 +439,7 @@ class Classify(Task):
         tokens = self.tokenizer.encode_ordinary(text)
         self.too_long += len(tokens) > self.block_size
         rows = [to_row([(tokens[: self.block_size], True)], self.block_size)]
-        return {"rows": rows, "group": str(row.get("group") or text), "text": text, "label": label}
+        return {"rows": rows, "group": group_of(row, text), "text": text, "label": label}
 
     def terms(self, examples):
         config, (idx, targets, last) = self.config, self.collate(examples)
@@ -532,7 +534,7 @@ class Choice(Task):
         parts = [[(start, False), (self.tokenizer.encode_ordinary(e), True)] for e in endings]
         rows = [to_row(part, self.block_size) for part in parts]
         lengths = [len(ending.encode()) for ending in endings]
-        return {"rows": rows, "group": text, "label": label, "lengths": lengths}
+        return {"rows": rows, "text": text, "group": text, "label": label, "lengths": lengths}
 
     def terms(self, examples):
         """Is the right ending the one of the highest log-probability, summed or per byte? (Much
@@ -926,12 +928,17 @@ def conversation_of(row, *answers):
     prompt = "\n".join(message["content"] for message in messages)
     if not prompt.strip():
         raise ValueError("there is no prompt")
-    example = {"messages": messages, "group": str(row.get("group") or prompt)}
+    example = {"messages": messages, "text": prompt, "group": group_of(row, prompt)}
     for name in answers:
         said = lists.get(name, lists.get("messages", []) if name == "output" else [])
         said = [{name: m["content"]} for m in said if m["role"] == "assistant"]
         example[name] = text_of((said or [row])[-1], name)
     return example
+
+
+def group_of(row, text):
+    """What no split divides: the row's "group", or else its text."""
+    return str(text if row.get("group") in (None, "") else row["group"])
 
 
 def to_row(parts, block_size, learned="all answers"):

@@ -1600,9 +1600,13 @@ def test_a_classifier_learns_answers_and_can_be_trained_further(base, tmp_path, 
     finetune.main([*model, f"--data={write_rows(tmp_path / 't.jsonl', rows)}", "--eval_only"])
     out = capsys.readouterr().out
     assert f"test  accuracy {right:.4f}" in out and "train" not in out.partition("\n")[2]
-    # a second training starts from the first one's head
+    # a second training starts from the first one's head, unless its labels are others
     task = make_task(tmp_path / "o", labeled(200), task="classify")
-    assert_equal(task.model["head"].state_dict(), load_checkpoint(tmp_path / "o")["head"])
+    head = load_checkpoint(tmp_path / "o")["head"]
+    assert_equal(task.model["head"].state_dict(), head)
+    others = [{**row, "label": row["label"] + "s"} for row in labeled(200)]
+    task = make_task(tmp_path / "o", others, task="classify")
+    assert not torch.equal(task.model["head"].weight, head["weight"])
 
 
 def test_a_classifiers_curves_compare_like_with_like(base, tmp_path):
@@ -1658,7 +1662,7 @@ def test_a_longer_context_grows_positions_that_are_trained(base, tmp_path):
 def test_splits_share_no_text_and_no_group(base):
     rows = [{"text": f"t{i % 270}", "group": i % 270 // 3, "label": "a"} for i in range(300)]
     rows += [{"text": f"u{i}", "group": f"u{i}", "label": "b"} for i in range(300)]
-    test = [{"text": f"t{i}", "group": i // 3, "label": "a"} for i in range(9)]
+    test = [{"text": f"t{i}", "label": "a"} for i in range(9)]
     write_rows(pathlib.Path("test.jsonl"), test)
     for flags in ({}, {"test": "test.jsonl"}):
         splits = make_task(base, rows, task="classify", **flags).splits
@@ -1773,7 +1777,8 @@ def test_conversations_come_as_texts_or_as_lists_of_messages():
         {"messages": user + said, "chosen": "yes", "rejected": "no"},
     ):
         found = finetune.conversation_of(row, "chosen", "rejected")
-        assert found == {"messages": user, "group": "hi", "chosen": "yes", "rejected": "no"}
+        assert found["messages"] == user and found["group"] == "hi"
+        assert found["chosen"] == "yes" and found["rejected"] == "no"
     found = finetune.conversation_of({"messages": user + said + user + said + user}, "output")
     assert found["messages"] == user + said + user and found["output"] == "yes"
     row = {"instruction": "add", "input": "1 2", "output": "3", "group": 5}

@@ -330,15 +330,14 @@ class Pretraining:
     def describe(self):
         """Four lines about the size of the run."""
         config, gpt, total = self.config, self.model.config, self.model.num_params()
-        a_step = config.batch_size * config.gradient_accumulation_steps * self.machine.world_size
-        tokens, epochs = (
-            np.array([config.block_size, 1 / self.windows.per_epoch]) * a_step * config.max_iters
-        )
+        windows = config.batch_size * config.gradient_accumulation_steps * self.machine.world_size
+        windows *= config.max_iters
+        tokens, epochs = windows * config.block_size, windows / self.windows.per_epoch
         # 2 operations for each weight and token forward, 4 backward; and attention's two products
         matrices = total - (0 if gpt.tie_weights else gpt.vocab_size * gpt.n_embd)
         flops = 6 * matrices + 12 * gpt.n_layer * gpt.n_embd * config.block_size
         print(f"{total:,} parameters, on {self.machine.device} in {config.dtype}")
-        print(f"{tokens:,.0f} tokens of training: {epochs:.1f} epochs")
+        print(f"{tokens:,} tokens of training: {epochs:.1f} epochs")
         print(f"{flops * tokens:.1e} floating-point operations: {flops:,} a token")
         print(
             f"{tokens / total:.1f} tokens a parameter; about 20 make the most of the compute "
@@ -399,16 +398,16 @@ def train(config, machine, task, saved=None):
                 if evaluates:
                     row |= task.evaluate()
                 state["rows"].append(row)
-                print_row(row, state["rows"], config)
+                print_row(row, config)
                 if evaluates or stop:
                     save(config, machine, task, optimizer, state)
                     stop = stop or out_of_patience(state, config)
                 losses, clock = [], time.perf_counter()  # evaluation is not timed
+    if isinstance(stop, signal.Signals):
+        print(f"stopped after step {state['step']}; --init_from=resume continues from there")
+        raise SystemExit(128 + stop)
     if stop:
         print(f"stopped after step {state['step']}: {stop}")
-    if isinstance(stop, signal.Signals):
-        print("--init_from=resume continues from there")
-        raise SystemExit(128 + stop)
 
 
 def restore(saved, config, optimizer, scaler):
@@ -452,7 +451,7 @@ def summarize(config, machine, task, state, losses, norm, clock):
     }
 
 
-def print_row(row, rows, config):
+def print_row(row, config):
     """Shows a row; on a terminal the next one replaces it, unless it has an evaluation."""
     step, tokens_per_s = row["step"], row["tokens_per_s"]
     left = (config.max_iters - step) * row["seconds"] / step
