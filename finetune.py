@@ -20,6 +20,7 @@ model like any other, LoRA merged.
 import collections
 import copy
 import csv
+import hashlib
 import io
 import json
 import math
@@ -189,33 +190,41 @@ class Task:
     def set_up(self):
         """For tasks that need more than the model and the examples."""
 
-    def rows_default(self):
+    def default_rows(self):
         """(where, row) of the examples, if there is no --data."""
         return manual_answers()
+
+    def columns(self):
+        """Those of a .tsv file without a header line."""
+        return ()
 
     # examples
 
     def read_examples(self):
         """{"train", "val", "test": examples}: see split_of."""
         config, splits = self.config, {"train": [], "val": [], "test": []}
-        for file, path in {"test": config.test, "val": config.val, "train": config.data}.items():
-            rows = read_rows(path, (config.label_field, config.text_field)) if path else []
-            for where, row in self.rows_default() if file == "train" and not path else rows:
+        files = {"train": config.data, "val": config.val, "test": config.test}
+        for file, path in [("train", config.data)] if config.eval_only else files.items():
+            rows = self.default_rows() if file == "train" else []
+            for where, row in read_rows(path, self.columns()) if path else rows:
                 try:
                     example = self.encode(row)
                 except Exception as error:
                     raise ValueError(f"{where}: {error}") from error
-                split = "test" if config.eval_only and path else file
-                split = split_of(example["group"], config) if split == "train" else split
-                splits[split].append(example)
-        held_out = {e[key] for e in splits["val"] + splits["test"] for key in ("group", "text")}
-        splits["train"] = [
-            e for e in splits["train"] if held_out.isdisjoint((e["group"], e["text"]))
-        ]
+                split = split_of(example["group"], config) if file == "train" else file
+                splits["test" if config.eval_only and path else split].append(example)
+        for split, others in {
+            "val": [] if config.val else ["test"],
+            "train": ["val", "test"],
+        }.items():
+            known = {e[key] for o in others for e in splits[o] for key in ("group", "text")}
+            fresh = [e for e in splits[split] if known.isdisjoint((e["group"], e["text"]))]
+            splits[split] = fresh
         counts = {split: len(examples) for split, examples in splits.items()}
         print(f"examples: {counts}; {self.too_long} were too long and are cut")
         if not counts["test"] if config.eval_only else not counts["train"] * counts["val"]:
             raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
+        self.digest = hashlib.sha256(repr(splits).encode()).hexdigest()
         return splits
 
     def row(self, messages, answer, learned="all answers"):
@@ -251,8 +260,13 @@ class Task:
             raise ValueError(f"{config.init_from}: no head; --task={config.task} trains one")
 
     def scores(self, x, last):
-        """x (R, T, C), and where each row ends, (R,) -> (R, outputs) in float32."""
-        return self.model["head"](x[torch.arange(len(x), device=x.device), last]).float()
+        """x (R, T, C), and where each row ends, (R,) -> (R, outputs)."""
+        return self.head(x[torch.arange(len(x), device=x.device), last])
+
+    def head(self, x):
+        """In float32: in bfloat16, scores would come in steps of 0.03."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.model["head"](x.float())
 
     # training
 
@@ -272,7 +286,7 @@ class Task:
         config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
         lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
         self.batches = Batches(lengths, config.batch_size, config.seed)
-        per_epoch = math.ceil(self.batches.per_epoch / config.gradient_accumulation_steps)
+        per_epoch = math.ceil(self.batches.per_epoch / max(1, config.gradient_accumulation_steps))
         config.eval_interval = config.eval_interval or per_epoch
         config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
         check_counts(config)
@@ -342,7 +356,7 @@ class Task:
     # checkpoints
 
     def checkpoint(self):
-        return {"model": self.model.state_dict()}
+        return {"model": self.model.state_dict(), "examples": self.digest}
 
     def best_checkpoint(self):
         head = {"head": self.model["head"].state_dict()} if "head" in self.model else {}
@@ -420,19 +434,22 @@ class Classify(Task):
         train = self.splits.get("train", [])
         labels = collections.Counter(example["label"] for example in train)
         self.labels = sorted(labels) or self.start.get("labels", [])
-        for example in (e for examples in self.splits.values() for e in examples):
-            if example["label"] not in self.labels:
-                raise ValueError(f"training has no label {example['label']!r}: {example['text']}")
         if self.config.balance and train:
             train.sort(key=lambda example: position(example["text"]))
             by_label = [[e for e in train if e["label"] == label] for label in labels]
             self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
         self.add_head(len(self.labels), 0.02, self.labels)
+        for example in (e for examples in self.splits.values() for e in examples):
+            if example["label"] not in self.labels:
+                raise ValueError(f"training has no label {example['label']!r}: {example['text']}")
         if len(self.labels) < 2:
             raise ValueError(f"nothing to tell apart: the labels are {self.labels}")
 
-    def rows_default(self):
+    def default_rows(self):
         return manual_texts()
+
+    def columns(self):
+        return (self.config.label_field, self.config.text_field)
 
     def encode(self, row):
         text, label = text_of(row, self.config.text_field), text_of(row, self.config.label_field)
@@ -598,8 +615,8 @@ class DPO(Preferences):
 
 class Reward(Preferences):
     """Scores answers, the better the higher: Bradley-Terry, −log σ(r_chosen − r_rejected) (Ouyang
-    et al. 2022, equation 1). In best.pt the training answers have mean 0 and standard deviation 1.
-    """
+    et al. 2022, equation 1). In best.pt, and so in the final report, the scores of the training
+    answers have mean 0 and standard deviation 1."""
 
     def set_up(self):
         # Stiennon et al. 2020, appendix B.1
@@ -773,21 +790,18 @@ class PPO(Policy):
         """-> whitened advantages and returns, (B, T). Each token costs β (log π − log ρ); the last
         one earns the score."""
         with torch.no_grad():
-            values = torch.zeros_like(drift).masked_scatter(mask, self.values(x))
+            values = torch.zeros_like(drift).masked_scatter(mask, self.head(x)[:, 0])
         rewards = -self.config.beta * drift
         last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # where each answer ends
         rewards[torch.arange(len(rewards)), last] += scores
         advantages = advantages_of(rewards, values, mask)
         return whiten(advantages, mask), advantages + values
 
-    def values(self, x):
-        return self.model["head"](x.to(self.model["head"].weight.dtype))[:, 0].float()
-
     def loss(self, idx, targets, old_log_probs, advantages, returns):
         mask = targets != -100
         log_probs, x = self.states(self.gpt, idx, targets)
         loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
-        value_loss = (self.values(x) - returns[mask]).square().mean() / 2
+        value_loss = (self.head(x)[:, 0] - returns[mask]).square().mean() / 2
         return {
             "loss": loss + VALUE_WEIGHT * value_loss,
             "clipped": clipped,
@@ -804,6 +818,8 @@ class GRPO(Policy):
     def set_up(self):
         super().set_up()
         self.group_size = self.config.group_size
+        if self.group_size < 2:
+            raise ValueError(f"--group_size={self.group_size}: give 2 or more")
 
     def judge(self, scores, drift, mask, x):
         """-> advantages, the same for all tokens of an answer, and the reference's drift, (B, T)."""
@@ -879,7 +895,8 @@ def read_rows(path, columns=()):
             lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
             rows = [(f"{path}, line {lines.line_num}", row) for row in lines if row]
         names = [name.strip().lower() for name in rows[0][1]] if rows else []
-        if kind == ".tsv" and len(names) == len(columns) and not {*names} & {*columns}:
+        known = {column.lower() for column in columns}
+        if kind == ".tsv" and len(names) == len(columns) and known.isdisjoint(names):
             names = columns
         else:
             del rows[:1]
@@ -919,7 +936,7 @@ def conversation_of(row, *answers):
         roles = [m["role"] for m in messages]
         if not {*roles} <= {"system", "user", "assistant"}:
             raise ValueError("roles are system, user and assistant")
-        if "assistant" in roles and name != "prompt":
+        if roles[-1:] == ["assistant"] or ("assistant" in roles and "output" in answers):
             del messages[len(roles) - 1 - roles[::-1].index("assistant") :]
     else:
         text = text_of(row, "instruction", "prompt")
@@ -1005,7 +1022,8 @@ def settle(config):
     models = [config.init_from] + [config.reward_model] * issubclass(task, Policy)
     for model in map(pathlib.Path, models):
         needed = (model.resolve(), model.resolve().parent)
-        if not config.predict and pathlib.Path(config.out_dir).resolve() in needed:
+        trains = not (config.predict or config.eval_only)
+        if trains and pathlib.Path(config.out_dir).resolve() in needed:
             raise ValueError(f"--out_dir={config.out_dir} holds {model}, which is needed")
 
 
@@ -1031,6 +1049,8 @@ def main(argv=None):
         task.prepare()
         task.write_answers("before")
         if saved:
+            if saved.get("examples") != task.digest:
+                raise ValueError(f"{folder}: the examples are not those that the run began with")
             with damaged(folder / "last.pt"):
                 task.model.load_state_dict(saved["model"])
         else:

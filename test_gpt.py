@@ -1635,8 +1635,7 @@ def test_scores_keep_their_precision_under_autocast(task_name, base):
     idx, _, last = task.collate(task.splits["train"][:16])
     with task.machine.autocast():
         scores = task.scores(task.gpt.hidden(idx), last)
-    assert scores.dtype == torch.float32
-    assert task.measure("val")["loss"] != round(task.measure("val")["loss"], 2)
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_balance_keeps_as_many_of_each_label_as_the_rarest_has(base):
@@ -2000,7 +1999,7 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(base,
     drift, scores, x = torch.rand(2, 4) * mask, torch.tensor([3.0, -2.0]), torch.randn(6, 16)
     with torch.no_grad():
         task.model["head"].weight.normal_()
-        values = torch.zeros(2, 4).masked_scatter(mask, task.values(x))
+        values = torch.zeros(2, 4).masked_scatter(mask, task.head(x)[:, 0])
     rewards = -0.5 * drift
     rewards[0, 2] += 3
     rewards[1, 3] -= 2

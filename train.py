@@ -52,7 +52,7 @@ class RunConfig:
     batch_size: int = 4  # examples in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in a step, in each process
     seed: int = 1337  # for weights, batches and dropout
-    max_iters: int = 4000  # steps
+    max_iters: int = 8000  # steps
     learning_rate: float = 2e-3  # the highest, at the end of warmup
     min_lr: float = 1e-5  # the lowest, at the end of the cosine decay
     warmup_iters: int = 20  # steps in which the learning rate rises
@@ -391,7 +391,7 @@ def train(config, machine, task, saved=None):
             state["step"] += 1
 
             stop = machine.agree(signals) or task.stop
-            is_last = state["step"] == config.max_iters
+            is_last = task.stop or state["step"] == config.max_iters
             evaluates = is_last or state["step"] % config.eval_interval == 0
             if evaluates or stop or state["step"] % config.log_interval == 0:
                 row = summarize(config, machine, task, state, losses, norm, clock)
