@@ -190,6 +190,8 @@ class Task:
     def set_up(self):
         """For tasks that need more than the model and the examples."""
 
+    # examples
+
     def default_rows(self):
         """(where, row) of the examples, if there is no --data."""
         return manual_answers()
@@ -197,8 +199,6 @@ class Task:
     def columns(self):
         """Those of a .tsv file without a header line."""
         return ()
-
-    # examples
 
     def read_examples(self):
         """{"train", "val", "test": examples}: see split_of."""
@@ -213,13 +213,9 @@ class Task:
                     raise ValueError(f"{where}: {error}") from error
                 split = split_of(example["group"], config) if file == "train" else file
                 splits["test" if config.eval_only and path else split].append(example)
-        for split, others in {
-            "val": [] if config.val else ["test"],
-            "train": ["val", "test"],
-        }.items():
-            known = {e[key] for o in others for e in splits[o] for key in ("group", "text")}
-            fresh = [e for e in splits[split] if known.isdisjoint((e["group"], e["text"]))]
-            splits[split] = fresh
+        if not config.val:
+            splits["val"] = apart_from(splits["test"], splits["val"])
+        splits["train"] = apart_from(splits["val"] + splits["test"], splits["train"])
         counts = {split: len(examples) for split, examples in splits.items()}
         print(f"examples: {counts}; {self.too_long} were too long and are cut")
         if not counts["test"] if config.eval_only else not counts["train"] * counts["val"]:
@@ -873,6 +869,12 @@ def split_of(group, config):
     if place < 0.1 and not config.val:
         return "val"
     return "test" if 0.1 <= place < 0.2 and not config.test else "train"
+
+
+def apart_from(held_out, examples):
+    """Those of the examples that share neither group nor text with any that is held out."""
+    known = {example[key] for example in held_out for key in ("group", "text")}
+    return [e for e in examples if known.isdisjoint((e["group"], e["text"]))]
 
 
 def read_rows(path, columns=()):
