@@ -1,4 +1,4 @@
-"""Teaches a trained GPT a task: to classify texts, follow instructions, prefer better answers.
+"""Fine-tunes a trained GPT to classify texts, follow instructions, or prefer better answers.
 
     python finetune.py --task=classify      # which package of the library is a docstring from?
     python finetune.py --task=instruct      # "Explain os.path.join(path, *paths)." -> a sentence
@@ -11,10 +11,10 @@
     python finetune.py --task=ppo --init_from=out/instruct              # write what scores high
     python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
 
-The loop is train.train(). A task makes an example of a row of a file, and of examples the terms: a
-loss, and whatever else is measured. Read on in this order: LoRA; what all tasks share; the tasks,
-from classification to reinforcement learning; files, examples and batches; main. best.pt is a whole
-model like any other, LoRA merged.
+The loop is train.train(). A task turns a row of a file into an example, and a batch of examples into
+terms: a loss, and whatever else is measured. Read on in this order: LoRA; what all tasks share; the
+tasks, from classification to reinforcement learning; files, examples and batches; main. best.pt is a
+complete model, with any LoRA weights merged in.
 """
 
 import collections
@@ -27,6 +27,7 @@ import math
 import pathlib
 import re
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -67,13 +68,13 @@ class FinetuneConfig(RunConfig):
     lora_rank: int = 8  # rank of the matrices that LoRA adds
     lora_alpha: float = 16.0  # LoRA's product is scaled by alpha / rank
     lora_dropout: float = 0.0  # on the input of LoRA's product
-    block_size: int = 0  # another context, whose new positions are trained (0: the model's)
+    block_size: int = 0  # new context length; a longer one trains the positions (0: the model's)
     dropout: float = 0.0  # on embeddings and residual branches
-    # where 0 stands, a task has its own default: see DEFAULTS
+    min_lr: float = 0.0  # the lowest, at the end of the cosine decay
+    weight_decay: float = 0.0  # of matrices; decay erodes what the examples do not exercise
+    # where 0 stands, a task has its own default
     batch_size: int = 0  # examples in a micro-batch; for ppo and grpo, prompts in a step
     learning_rate: float = 0.0  # the highest (0: the task's, lower for wider models)
-    min_lr: float = 0.0  # the lowest, at the end of the cosine decay
-    weight_decay: float = 0.0  # of matrices; it would erase what the examples do not practice
     epochs: float = 0.0  # passes through the examples
     max_iters: int = 0  # steps (0: as many as epochs take)
     eval_interval: int = 0  # steps between evaluations (0: an epoch)
@@ -83,30 +84,15 @@ class FinetuneConfig(RunConfig):
     text_field: str = "text"  # column with the text
     label_field: str = "label"  # column with the label
     lm_weight: float = 0.5  # weight of the next-token loss beside the label's
-    balance: bool = False  # train on as many examples of each label as the rarest has
+    balance: bool = False  # downsample every label to the size of the rarest
     predict: str = ""  # a text to classify, or for reward an answer to score; trains nothing
     # conversations
     template: str = ""  # of prompts: roles or alpaca (default: roles if the vocabulary has them)
     loss_on_prompt: bool = False  # for instruct: learn the prompts, too
-    beta: float = 0.1  # for dpo, ppo, grpo: the cost of leaving the reference model
+    beta: float = 0.1  # for dpo, ppo, grpo: the penalty for drifting from the reference model
     reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
     group_size: int = 8  # for grpo: answers to a prompt
     max_kl: float = 10.0  # ppo and grpo stop at this mean KL from the start, nats an answer
-
-
-# Learning rates are for models 128 wide; tasks that sample go by max_iters, not by epochs.
-DEFAULTS = {
-    "classify": {"learning_rate": 1e-3, "epochs": 5},
-    "instruct": {"learning_rate": 5e-4, "epochs": 2},
-    "choice": {},
-    "dpo": {"learning_rate": 1e-4},
-    "reward": {"learning_rate": 1e-3},
-    "ppo": {"learning_rate": 3e-5, "batch_size": 32, "max_new_tokens": 48},
-    "grpo": {"learning_rate": 3e-5, "batch_size": 8, "max_new_tokens": 48},
-}
-for name in ("ppo", "grpo"):
-    DEFAULTS[name] |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1}
-SHARED_DEFAULTS = {"batch_size": 8, "epochs": 3, "log_interval": 50, "max_new_tokens": 128}
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -157,7 +143,7 @@ def merged_weights(gpt):
 
 
 class Task:
-    """What train() asks of a task, as far as all of them here answer alike. Each one adds
+    """What all tasks share of the interface that train() needs. Each task adds
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
                       "text": what it is about, "group": see split_of, and more}
@@ -165,9 +151,14 @@ class Task:
                       all are an evaluation
     """
 
+    # where the config has 0; the learning rate is for a model that is 128 wide
+    defaults: ClassVar = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
+    defaults |= {"max_new_tokens": 128}
+    has_head = False  # beside the language model's
     curves = ("train_loss", "val_loss")  # of loss.png
     writes = False  # whether held-out prompts are answered, before and after training
-    lr_scales, stop = None, None  # see train()
+    lr_scales = None  # train() multiplies no learning rate
+    stop = None  # a reason for train() to stop
 
     def __init__(self, config, machine, checkpoint):
         self.config, self.machine, self.start = config, machine, checkpoint
@@ -188,7 +179,7 @@ class Task:
         self.model.to(machine.device)
 
     def set_up(self):
-        """For tasks that need more than the model and the examples."""
+        """Override to add anything beyond the model and the examples."""
 
     # examples
 
@@ -197,7 +188,7 @@ class Task:
         return manual_answers()
 
     def columns(self):
-        """Those of a .tsv file without a header line."""
+        """Column names for a .tsv file without a header."""
         return ()
 
     def read_examples(self):
@@ -213,12 +204,13 @@ class Task:
                     raise ValueError(f"{where}: {error}") from error
                 split = split_of(example["group"], config) if file == "train" else file
                 splits["test" if config.eval_only and path else split].append(example)
-        if not config.val:
+        if not config.val:  # a given file is kept whole
             splits["val"] = apart_from(splits["test"], splits["val"])
         splits["train"] = apart_from(splits["val"] + splits["test"], splits["train"])
         counts = {split: len(examples) for split, examples in splits.items()}
-        print(f"examples: {counts}; {self.too_long} were too long and are cut")
-        if not counts["test"] if config.eval_only else not counts["train"] * counts["val"]:
+        print(f"examples: {counts}; {self.too_long} were too long and were truncated")
+        needed = ("test",) if config.eval_only else ("train", "val")
+        if not all(counts[split] for split in needed):
             raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
         self.digest = hashlib.sha256(repr(splits).encode()).hexdigest()
         return splits
@@ -244,7 +236,7 @@ class Task:
 
     def add_head(self, outputs, std, labels=None):
         """A linear layer that reads the last token of a text, the only one that has seen all of it.
-        The head of a checkpoint of the same task, with the same labels, is taken over."""
+        The head of a checkpoint of the same task, with the same labels, is reused."""
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
@@ -253,14 +245,16 @@ class Task:
             with damaged(config.init_from):
                 head.load_state_dict(self.start["head"])
         elif config.predict or config.eval_only:
-            raise ValueError(f"{config.init_from}: no head; --task={config.task} trains one")
+            raise ValueError(
+                f"{config.init_from}: no head for this task; --task={config.task} trains one"
+            )
 
     def scores(self, x, last):
         """x (R, T, C), and where each row ends, (R,) -> (R, outputs)."""
-        return self.head(x[torch.arange(len(x), device=x.device), last])
+        return self.apply_head(x[torch.arange(len(x), device=x.device), last])
 
-    def head(self, x):
-        """In float32: in bfloat16, scores would come in steps of 0.03."""
+    def apply_head(self, x):
+        """In float32: bfloat16 would round scores to steps of about 0.03."""
         with torch.autocast(x.device.type, enabled=False):
             return self.model["head"](x.float())
 
@@ -277,8 +271,9 @@ class Task:
             add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
         if self.block_size > self.start["config"]["block_size"]:
             gpt.transformer.wpe.requires_grad_(True)
-        self.model.to(self.machine.device).train()
-        rate = DEFAULTS[config.task]["learning_rate"] * (3 if config.train == "lora" else 1)
+        self.model.train()
+        # found by trial: 5e-4 suits instructions at 128 wide, 3e-5 at GPT-2's 768; LoRA wants more
+        rate = self.defaults["learning_rate"] * (3 if config.train == "lora" else 1)
         config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
         lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
         self.batches = Batches(lengths, config.batch_size, config.seed)
@@ -292,7 +287,7 @@ class Task:
         print(f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}")
 
     def count(self, example):
-        """How many elements its "loss" has."""
+        """How many terms of the loss this example contributes."""
         return 1
 
     def updates(self, state):
@@ -327,7 +322,7 @@ class Task:
     # measuring
 
     def in_batches(self, examples, function):
-        """What function makes of each batch of them, with dropout off."""
+        """Applies function to each batch, with dropout off."""
         self.model.eval()
         size = 2 * self.config.batch_size
         with torch.no_grad(), self.machine.autocast():
@@ -360,7 +355,7 @@ class Task:
         return {**best, "task": self.config.task, "template": self.template, "tokenizer": self.spec}
 
     def load_best(self, best):
-        """Takes over the weights of best.pt. LoRA is in them, so its own part becomes 0."""
+        """Loads the weights of best.pt. LoRA is merged into them, so lora_B is reset to 0."""
         self.gpt.load_state_dict(best["model"], strict=False)
         for name, parameter in self.gpt.named_parameters():
             if name.endswith("lora_B"):
@@ -371,7 +366,7 @@ class Task:
     # answers to prompts
 
     def prompt(self, messages):
-        """A conversation in tokens; of a long one, the end, so that an answer fits the context."""
+        """Tokenizes a conversation; of a long one, only the end, to leave room for an answer."""
         limit = self.block_size - min(self.config.max_new_tokens, self.block_size // 2)
         return chat_prompt(messages, self.tokenizer, self.template)[-limit:]
 
@@ -396,10 +391,10 @@ class Task:
         return b"".join(data).decode(errors="replace")
 
     def write_answers(self, name, folder=None):
-        """Adds the likeliest answers to 100 held-out prompts to the examples, under this name.
-        With a folder, writes them to responses.jsonl."""
+        """Adds the most likely answers to up to 100 held-out prompts to the examples, under this
+        name. With a folder, writes them to responses.jsonl."""
         held_out = (self.splits["test"] or self.splits["val"]) if self.writes else []
-        examples = held_out[:: 1 + len(held_out) // 100]
+        examples = held_out[:: max(1, math.ceil(len(held_out) / 100))]
         for example, answer in zip(examples, self.answers([e["messages"] for e in examples], 0)):
             example[name] = self.text(answer)
         if folder and examples:
@@ -410,11 +405,21 @@ class Task:
             write_file(folder / "responses.jsonl", text.encode())
 
 
+def log_probs_and_states(gpt, idx, targets):
+    """-> log p of the targets that are learned, (N,), and the states that predict them, (N, C)."""
+    learned = targets != -100
+    x = gpt.hidden(idx)[learned]
+    return -next_token_losses(gpt.lm_head, x, targets[learned]), x
+
+
+def spread(values, mask):
+    """Values (N,) at the N places of mask (R, T), 0 elsewhere -> (R, T)."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
+
+
 def token_log_probs(gpt, idx, targets):
     """log p of each target, (R, T), and 0 where there is none (-100). A row's sum is an answer's."""
-    learned = targets != -100
-    losses = next_token_losses(gpt.lm_head, gpt.hidden(idx)[learned], targets[learned])
-    return torch.zeros(targets.shape, device=idx.device).masked_scatter(learned, -losses)
+    return spread(log_probs_and_states(gpt, idx, targets)[0], targets != -100)
 
 
 # --- classification -------------------------------------------------------------------------------
@@ -422,8 +427,10 @@ def token_log_probs(gpt, idx, targets):
 
 class Classify(Task):
     """Texts to labels: cross-entropy of the label, plus lm_weight times the next-token loss on the
-    text, which makes more of few examples (Radford et al. 2018, equation 5)."""
+    text, which helps when examples are few (Radford et al. 2018, equation 5)."""
 
+    defaults: ClassVar = Task.defaults | {"epochs": 5}
+    has_head = True
     curves = ("label_loss", "val_loss")
 
     def set_up(self):
@@ -437,9 +444,9 @@ class Classify(Task):
         self.add_head(len(self.labels), 0.02, self.labels)
         for example in (e for examples in self.splits.values() for e in examples):
             if example["label"] not in self.labels:
-                raise ValueError(f"training has no label {example['label']!r}: {example['text']}")
+                raise ValueError(f"no training example has the label {example['label']!r}")
         if len(self.labels) < 2:
-            raise ValueError(f"nothing to tell apart: the labels are {self.labels}")
+            raise ValueError(f"at least two labels are needed; found {self.labels}")
 
     def default_rows(self):
         return manual_texts()
@@ -451,7 +458,7 @@ class Classify(Task):
         text, label = text_of(row, self.config.text_field), text_of(row, self.config.label_field)
         tokens = self.tokenizer.encode_ordinary(text)
         self.too_long += len(tokens) > self.block_size
-        rows = [to_row([(tokens[: self.block_size], True)], self.block_size)]
+        rows = [to_row([(tokens, True)], self.block_size)]
         return {"rows": rows, "group": group_of(row, text), "text": text, "label": label}
 
     def terms(self, examples):
@@ -486,7 +493,7 @@ class Classify(Task):
             print(
                 f"\n{split:5} accuracy {right.sum() / len(labels):.4f}  "
                 f"macro F1 {(2 * right / sums)[sums > 0].mean():.4f}  "
-                f"(always the commonest label: accuracy {confusion.sum(1).max() / len(labels):.4f})"
+                f"(always predicting the most common label: {confusion.sum(1).max() / len(labels):.4f})"
             )
             if n <= 12:  # rows: labels, columns: predictions
                 for label, counts in zip(self.labels, confusion.tolist()):
@@ -513,6 +520,7 @@ class Classify(Task):
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the tokens of the answers alone."""
 
+    defaults: ClassVar = Task.defaults | {"learning_rate": 5e-4, "epochs": 2}
     writes = True
 
     def encode(self, row):
@@ -550,7 +558,7 @@ class Choice(Task):
         return {"rows": rows, "text": text, "group": text, "label": label, "lengths": lengths}
 
     def terms(self, examples):
-        """Is the right ending the one of the highest log-probability, summed or per byte? (Much
+        """Is the right ending the one with the highest log-probability, summed or per byte? (Much
         like acc and acc_norm of the Language Model Evaluation Harness.)"""
         found = {"loss": [], "accuracy": [], "accuracy_per_byte": []}
         for example in examples:
@@ -591,8 +599,9 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
 
 
 class DPO(Preferences):
-    """Makes the chosen answers likelier than the rejected ones, near the reference."""
+    """Makes the chosen answers more likely than the rejected ones, close to the reference."""
 
+    defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4}
     writes = True
 
     def set_up(self):
@@ -610,9 +619,11 @@ class DPO(Preferences):
 
 
 class Reward(Preferences):
-    """Scores answers, the better the higher: Bradley-Terry, −log σ(r_chosen − r_rejected) (Ouyang
+    """Scores answers; higher is better: Bradley-Terry, −log σ(r_chosen − r_rejected) (Ouyang
     et al. 2022, equation 1). In best.pt, and so in the final report, the scores of the training
     answers have mean 0 and standard deviation 1."""
+
+    has_head = True
 
     def set_up(self):
         # Stiennon et al. 2020, appendix B.1
@@ -640,7 +651,7 @@ class Reward(Preferences):
         return torch.cat(self.in_batches(examples, self.scores_of)).cpu()
 
     def predict(self, text):
-        """Prints the score of an answer, or of a conversation in JSON, as a line of a file is."""
+        """Prints the score of an answer, or of a conversation given as a line of JSON."""
         messages, answer = [], text
         if text.startswith("{"):
             example = conversation_of(json.loads(text), "output")
@@ -651,12 +662,12 @@ class Reward(Preferences):
 # --- reinforcement learning -----------------------------------------------------------------------
 
 # Simpler than InstructGPT (Ouyang et al. 2022): PPO's value function is a head on the policy, since
-# a model of its own would cost as much again; there is no pretraining loss (PPO-ptx), since the KL
-# penalty is enough at this size; its coefficient is fixed; and prompts come from a file.
+# a separate model would double the cost; there is no pretraining loss (PPO-ptx), since the KL penalty
+# is enough at this size; its coefficient is fixed; and prompts come from a file.
 
 GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
 CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
-PASSES, PARTS = 4, 4  # a step goes so often through its answers, in so many parts
+PASSES, PARTS = 4, 4  # over the answers of a step, each split into so many parts
 UNFINISHED = -1.0  # added to the score of an answer that does not end
 
 
@@ -691,17 +702,23 @@ def clipped_loss(log_probs, old_log_probs, advantages):
 
 
 class Policy(Task):
-    """Makes answers likelier that a reward model scores higher, near the reference, the model at
-    the start. A step samples answers to some prompts, then trains on them for some passes."""
+    """Makes answers that a reward model scores higher more likely, close to the reference, which is
+    the model at the start. A step samples answers to some prompts, then makes some passes over them.
 
+    judge(scores, drift, mask, x)   -> advantages and one more tensor, (B, T), for loss()
+    loss(idx, targets, old_log_probs, advantages, more)   -> {"loss": ..., and more to record}
+    """
+
+    defaults: ClassVar = Task.defaults | {"learning_rate": 3e-5, "max_new_tokens": 48}
+    defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1}
     curves = ("score", "val_score")
     writes = True
     group_size = 1  # answers to a prompt
 
     def set_up(self):
-        reward = FinetuneConfig(task="reward", init_from=self.config.reward_model, predict="-")
-        reward.batch_size = 16
-        checkpoint = load_checkpoint(reward.init_from)
+        path = self.config.reward_model  # a text to predict: load the head, but no examples
+        reward = FinetuneConfig(task="reward", init_from=path, predict="-", batch_size=16)
+        checkpoint = load_checkpoint(path)
         self.score = Reward(reward, self.machine, checkpoint).score
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
 
@@ -712,7 +729,7 @@ class Policy(Task):
         return {**example, "rows": [(self.prompt(example["messages"]), [])]}
 
     def respond(self, examples, seed):
-        """Samples an answer to each: temperature 1 and all tokens, as the policy's distribution is.
+        """Samples an answer to each at temperature 1, without truncation: from the policy itself.
 
         Returns idx, targets (B, T), scores (B,), and whether the answers end, (B,).
         """
@@ -725,24 +742,17 @@ class Policy(Task):
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
         return idx, targets, *self.machine.put(scores, ended)
 
-    def states(self, gpt, idx, targets):
-        """-> log p of the targets, (N,), and the hidden states that predict them, (N, C)."""
-        learned = targets != -100
-        x = gpt.hidden(idx)[learned]
-        return -next_token_losses(gpt.lm_head, x, targets[learned]), x
-
     @torch.no_grad()
     def compare(self, idx, targets):
-        """-> log p of the targets and what it has gained on the reference's, (B, T), whose sum over
-        an answer estimates the KL; and the hidden states as above."""
+        """-> log π of the targets and log π − log ρ, (B, T), where π is the policy and ρ the
+        reference; the sum of the latter over an answer estimates the KL. And π's states, (N, C)."""
+        learned = targets != -100
         self.model.eval()
         with self.machine.autocast():
-            log_probs, x = self.states(self.gpt, idx, targets)
-            reference, _ = self.states(self.reference.eval(), idx, targets)
+            log_probs, x = log_probs_and_states(self.gpt, idx, targets)
+            reference, _ = log_probs_and_states(self.reference.eval(), idx, targets)
         self.model.train()
-        zeros, learned = torch.zeros(targets.shape, device=idx.device), targets != -100
-        drift = zeros.masked_scatter(learned, log_probs - reference)
-        return zeros.masked_scatter(learned, log_probs), drift, x
+        return spread(log_probs, learned), spread(log_probs - reference, learned), x
 
     def updates(self, state):
         """Samples answers, then yields an update for each part of them in each pass."""
@@ -768,15 +778,17 @@ class Policy(Task):
         state["tokens"] += int(mask.sum())
 
     def measure(self, split):
-        """The best checkpoint is that of the highest score, less beta times the KL."""
+        """On up to 100 prompts. The best checkpoint has the highest score minus beta times the KL."""
         idx, targets, scores, _ = self.respond(self.splits[split][:100], seed=0)
         score, kl = scores.mean().item(), self.compare(idx, targets)[1].sum(1).mean().item()
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
 
 class PPO(Policy):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic says what
-    score it expects of each token, so credit goes to single tokens."""
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic predicts the
+    expected score at each token, so credit is assigned per token."""
+
+    defaults: ClassVar = Policy.defaults | {"batch_size": 32}
 
     def set_up(self):
         super().set_up()
@@ -786,7 +798,7 @@ class PPO(Policy):
         """-> whitened advantages and returns, (B, T). Each token costs β (log π − log ρ); the last
         one earns the score."""
         with torch.no_grad():
-            values = torch.zeros_like(drift).masked_scatter(mask, self.head(x)[:, 0])
+            values = spread(self.apply_head(x)[:, 0], mask)
         rewards = -self.config.beta * drift
         last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # where each answer ends
         rewards[torch.arange(len(rewards)), last] += scores
@@ -795,9 +807,9 @@ class PPO(Policy):
 
     def loss(self, idx, targets, old_log_probs, advantages, returns):
         mask = targets != -100
-        log_probs, x = self.states(self.gpt, idx, targets)
+        log_probs, x = log_probs_and_states(self.gpt, idx, targets)
         loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
-        value_loss = (self.head(x)[:, 0] - returns[mask]).square().mean() / 2
+        value_loss = (self.apply_head(x)[:, 0] - returns[mask]).square().mean() / 2
         return {
             "loss": loss + VALUE_WEIGHT * value_loss,
             "clipped": clipped,
@@ -807,9 +819,9 @@ class PPO(Policy):
 
 class GRPO(Policy):
     """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"). Several answers to the
-    same prompt judge each other: A_i = (s_i − mean s) / std s. Take it when scores come once an
-    answer and sampling is cheap; take PPO when answers are long or samples dear, since its critic
-    learns from every answer what to expect."""
+    same prompt are compared: A_i = (s_i − mean s) / std s. Use it when each answer gets a single score
+    and sampling is cheap; use PPO when answers are long or sampling is expensive, since its critic
+    learns from every answer."""
 
     def set_up(self):
         super().set_up()
@@ -825,9 +837,10 @@ class GRPO(Policy):
 
     def loss(self, idx, targets, old_log_probs, advantages, drift):
         mask = targets != -100
-        log_probs, _ = self.states(self.gpt, idx, targets)
+        log_probs, _ = log_probs_and_states(self.gpt, idx, targets)
         loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
-        log_ratio = (old_log_probs - drift)[mask] - log_probs  # log ρ/π
+        reference = (old_log_probs - drift)[mask]
+        log_ratio = reference - log_probs  # log ρ/π
         kl = (log_ratio.exp() - log_ratio - 1).mean()  # an estimate that is never negative
         return {"loss": loss + self.config.beta * kl, "clipped": clipped, "kl_loss": kl}
 
@@ -837,7 +850,7 @@ class GRPO(Policy):
 
 def manual_texts():
     """Yields (where, row): docstrings of Python's library, labeled with the package that they are
-    from, for the eight packages that have most, up to 300 of each."""
+    from, for the eight packages with the most docstrings, up to 300 of each."""
     entries = [entry for entry in library_docstrings() if "." in entry[0]]
     entries.sort(key=lambda entry: position(entry[1]))
     counts = collections.Counter(module.split(".")[0] for module, _, _ in entries)
@@ -849,7 +862,7 @@ def manual_texts():
 
 def manual_answers():
     """Yields (where, row): "Explain NAME(ARGUMENTS).", and as the answer the first sentence of its
-    docstring; as a worse one that of something else, mostly of the same split."""
+    docstring. The rejected answer is that of something else, mostly from the same split."""
     explained = []
     for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[0])):
         paragraph = " ".join(clean(text).split("\n\n")[0].split())
@@ -863,7 +876,7 @@ def manual_answers():
 
 def split_of(group, config):
     """The split of a row without a file of its own: a hash of its "group" or its prompt decides, so
-    equal ones fall on one side. The manual's pages of these modules are held out by the same rule.
+    duplicates land in the same split. The manual's pages of these modules are held out by the same rule.
     """
     place = position(group)
     if place < 0.1 and not config.val:
@@ -872,7 +885,7 @@ def split_of(group, config):
 
 
 def apart_from(held_out, examples):
-    """Those of the examples that share neither group nor text with any that is held out."""
+    """The examples that share no group and no text with a held-out one."""
     known = {example[key] for example in held_out for key in ("group", "text")}
     return [e for e in examples if known.isdisjoint((e["group"], e["text"]))]
 
@@ -925,38 +938,44 @@ def as_answer(text):
 
 
 def conversation_of(row, *answers):
-    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; each of these answers: text;
-    "group": what no split divides, the row's own or else the prompt}.
+    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; each of these answers; "text" and
+    "group", for split_of}. These rows are the same:
 
-    The prompt is in "messages", "prompt" or "chosen", lists of messages up to an answer, or in the
-    texts "instruction" (or "prompt") and "input"; an answer in its column or the last message.
+    {"instruction": "add", "input": "1 2", "output": "3"}     "prompt" is "instruction", too
+    {"messages": [a user's message, the assistant's answer]}
+    {"prompt": [a user's message], "output": "3"}             and so with "chosen" and "rejected"
+    {"chosen": [a user's message, the assistant's answer], "rejected": ...}
     """
-    lists = {name: value for name, value in row.items() if isinstance(value, list)}
-    name = next((name for name in ("messages", "prompt", "chosen") if name in lists), None)
-    if name:
-        messages = [{"role": m["role"], "content": clean(m["content"])} for m in row[name]]
-        roles = [m["role"] for m in messages]
-        if not {*roles} <= {"system", "user", "assistant"}:
-            raise ValueError("roles are system, user and assistant")
-        if roles[-1:] == ["assistant"] or ("assistant" in roles and "output" in answers):
-            del messages[len(roles) - 1 - roles[::-1].index("assistant") :]
-    else:
+    lists = {k: clean_messages(row[k]) for k in row if isinstance(row[k], list)}
+    messages = lists.get("prompt") or lists.get("messages") or lists.get("chosen")
+    if messages is None:
         text = text_of(row, "instruction", "prompt")
         text += f"\n\n### Input:\n{text_of(row, 'input')}" if row.get("input") else ""
         messages = [{"role": "user", "content": text}]
+    elif "prompt" not in lists:  # the last answer in the list is not part of the prompt
+        roles = [message["role"] for message in messages]
+        if roles[-1] == "assistant" or ("output" in answers and "assistant" in roles):
+            messages = messages[: len(roles) - 1 - roles[::-1].index("assistant")]
     prompt = "\n".join(message["content"] for message in messages)
     if not prompt.strip():
         raise ValueError("there is no prompt")
     example = {"messages": messages, "text": prompt, "group": group_of(row, prompt)}
     for name in answers:
-        said = lists.get(name, lists.get("messages", []) if name == "output" else [])
-        said = [{name: m["content"]} for m in said if m["role"] == "assistant"]
-        example[name] = text_of((said or [row])[-1], name)
+        said = lists.get(name) or ([] if name in row else lists.get("messages", []))
+        said = [m["content"] for m in said if m["role"] == "assistant"]
+        example[name] = text_of({name: said[-1]} if said else row, name)
     return example
 
 
+def clean_messages(messages):
+    roles = {message["role"] for message in messages}
+    if not roles <= {"system", "user", "assistant"}:
+        raise ValueError(f"roles are system, user and assistant, not {roles}")
+    return [{"role": m["role"], "content": clean(m["content"])} for m in messages]
+
+
 def group_of(row, text):
-    """What no split divides: the row's "group", or else its text."""
+    """The key that keeps related rows in one split: the row's "group", or else its text."""
     return str(text if row.get("group") in (None, "") else row["group"])
 
 
@@ -968,18 +987,21 @@ def to_row(parts, block_size, learned="all answers"):
     the oldest on; if the answer alone is still too long, its end.
     """
     tokens = [token for part, _ in parts for token in part]
-    last_answer = len(tokens) - len(parts[-1][0])
-    flags = [is_answer or learned == "all" for part, is_answer in parts for _ in part]
-    if learned == "last answer":
-        flags = [i >= last_answer for i in range(len(tokens))]
+    last = len(parts) - 1
+    flags = [
+        learned == "all" or (i == last if learned == "last answer" else is_answer)
+        for i, (part, is_answer) in enumerate(parts)
+        for _ in part
+    ]
     targets = [token if flag else -100 for token, flag in zip(tokens[1:], flags[1:])] + [-100]
-    start = max(0, min(len(tokens) - block_size, last_answer - 1))
+    # from the last answer's first token on, whose state is the one before it
+    start = max(0, min(len(tokens) - block_size, len(tokens) - len(parts[last][0]) - 1))
     return tokens[start : start + block_size], targets[start : start + block_size]
 
 
 class Batches:
     """An endless, reproducible sequence of batches, each of examples of about the same length: an
-    epoch sorts them by their lengths, each changed by up to a fifth at random. batches[n], the
+    epoch sorts them by length, with ±20% of random jitter. batches[n], the
     numbers of the examples in it, depends on seed and n alone."""
 
     def __init__(self, lengths, batch_size, seed):
@@ -1003,30 +1025,28 @@ TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO, "grpo": GRPO}
 
 
 def settle(config):
-    """Fills in the task's defaults and refuses what does not go together."""
+    """Fills in the task's defaults and rejects incompatible options."""
     task = TASKS.get(config.task)
     if task is None:
-        raise ValueError(f"--task={config.task}: there are {', '.join(TASKS)}")
-    has_head = task in (Classify, Reward)
-    weights = ("all", "last_block", "lora") + (("head",) if has_head else ())
+        raise ValueError(f"--task={config.task}: choose from {', '.join(TASKS)}")
+    weights = ("all", "last_block", "lora") + ("head",) * task.has_head
     for flag, choices in {"train": weights, "template": ("", "roles", "alpaca")}.items():
         if getattr(config, flag) not in choices:
-            raise ValueError(f"--{flag}={getattr(config, flag)}: give {', '.join(choices)}")
-    if config.predict and not has_head:
+            raise ValueError(f"--{flag}={getattr(config, flag)}: choose from {', '.join(choices)}")
+    if config.predict and not task.has_head:
         raise ValueError("--predict is for --task=classify and --task=reward")
     if config.task == "choice" and not config.data:
-        raise ValueError("--task=choice: give the questions, --data=FILE")
+        raise ValueError("--task=choice needs questions: --data=FILE")
     config.eval_only |= task is Choice
     config.out_dir = config.out_dir or f"out/{config.task}"
-    for name, value in {**SHARED_DEFAULTS, **DEFAULTS[config.task]}.items():
-        if name != "learning_rate" and not getattr(config, name):  # it depends on the model
+    for name, value in task.defaults.items():  # the learning rate depends on the model's width
+        if name != "learning_rate" and not getattr(config, name):
             setattr(config, name, value)
-    models = [config.init_from] + [config.reward_model] * issubclass(task, Policy)
-    for model in map(pathlib.Path, models):
-        needed = (model.resolve(), model.resolve().parent)
+    out_dir = pathlib.Path(config.out_dir).resolve()
+    for path in [config.init_from] + [config.reward_model] * issubclass(task, Policy):
         trains = not (config.predict or config.eval_only)
-        if trains and pathlib.Path(config.out_dir).resolve() in needed:
-            raise ValueError(f"--out_dir={config.out_dir} holds {model}, which is needed")
+        if trains and out_dir in (model := pathlib.Path(path).resolve(), model.parent):
+            raise ValueError(f"--out_dir={config.out_dir} would overwrite {path}, which is needed")
 
 
 def main(argv=None):
@@ -1052,7 +1072,7 @@ def main(argv=None):
         task.write_answers("before")
         if saved:
             if saved.get("examples") != task.digest:
-                raise ValueError(f"{folder}: the examples are not those that the run began with")
+                raise ValueError(f"{folder}: the examples differ from those the run started with")
             with damaged(folder / "last.pt"):
                 task.model.load_state_dict(saved["model"])
         else:

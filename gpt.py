@@ -8,7 +8,7 @@
 
 The architecture is GPT-2's (Radford et al. 2019): a decoder-only transformer (Vaswani et al. 2017,
 "Attention Is All You Need") with LayerNorm before each branch, learned positions and tanh GELU.
-Parameters have the names of Hugging Face's GPT-2. Shapes in comments: B sequences in a batch,
+Parameter names match Hugging Face's GPT-2. Shapes in comments: B sequences in a batch,
 T tokens in each, C = n_embd.
 """
 
@@ -46,7 +46,9 @@ class GPTConfig:
     def __post_init__(self):
         sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
         if not 1 <= min(sizes) <= max(sizes) < 2**31 or self.n_embd % self.n_head:
-            raise ValueError(f"sizes must be 1 or more, n_embd divisible by n_head: {self}")
+            raise ValueError(
+                f"sizes must be 1 or more, below 2**31, n_embd divisible by n_head: {self}"
+            )
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -75,15 +77,15 @@ def attention(q, k, v, dropout=0.0):
     T, S = q.size(-2), k.size(-2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:
         return F.dropout(attention_weights(q, k), dropout) @ v
-    mask = None
-    if 1 < T < S:  # is_causal would align the first query with the first key
+    mask = None  # a single query may attend to all keys
+    if 1 < T < S:  # the queries are the last T positions; is_causal would take them for the first
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each query is matched with the keys of its own and earlier positions; the output is the mean
-    of their values, weighted by how well they match."""
+    """Each position compares its query with the keys at its own and earlier positions, and returns
+    the average of their values, weighted by the match."""
 
     def __init__(self, config):
         super().__init__()
@@ -100,7 +102,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         q, k, v = qkv = self.heads(x)
         if cache is not None:
-            k, v = cache.append(qkv[1:])
+            k, v = cache.append(qkv[1:])  # k and v, still stacked
         y = attention(q, k, v, self.attn_dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -110,7 +112,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Works on each position alone: four times wider, GELU, and back."""
+    """Applied to each position independently: widen to 4C, GELU, project back to C."""
 
     def __init__(self, config):
         super().__init__()
@@ -140,7 +142,8 @@ class Block(nn.Module):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        """GPT fills its tables itself; and random numbers on the meta device take a second."""
+        """Does nothing: GPT initializes its tables itself, and drawing random numbers on the meta
+        device takes a second."""
 
 
 class GPT(nn.Module):
@@ -155,7 +158,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": wte, "wpe": wpe, "h": blocks, "ln_f": ln_f})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        if not self.lm_head.weight.is_meta:  # from_checkpoint needs the shapes alone
+        if not self.lm_head.weight.is_meta:  # where from_checkpoint builds, then loads weights
             self.init_weights()
 
     @torch.no_grad()
@@ -164,13 +167,13 @@ class GPT(nn.Module):
         N(0, 0.02 / √(2 n_layer)) for projections into the residual stream (2019, section 2.3).
 
         A tied wte is also the output head and must be small for the first logits to be small.
-        Where the two are separate, this project's own choice: tokens start at N(0, 1), which the
+        Where the two are separate, we chose our own: tokens start at N(0, 1), which the
         first updates cannot swamp; positions as sinusoids, so that near and far differ from the
         start; the head at zero, so that the first loss is ln(vocab_size).
         """
         n_layer, tied = self.config.n_layer, self.config.tie_weights
         for name, parameter in self.named_parameters():
-            match name.split(".")[-2:]:
+            match name.split(".")[-2:]:  # like ["c_fc", "weight"]; the first match wins
                 case ["wte", _]:
                     parameter.normal_(std=0.02 if tied else 1)
                 case ["wpe", _] if not tied:
@@ -191,8 +194,8 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None):
         """idx (B, T) int64 -> (B, T, C) after the last LayerNorm, for lm_head or any other head.
 
-        cache, a list with a KVCache for each block, holds the tokens before idx and is extended by
-        idx. Raises ValueError if there are more than block_size in all.
+        cache, a list of one KVCache per block, holds the tokens before idx; idx is appended.
+        Raises ValueError if the total exceeds block_size.
         """
         start = cache[0].length if cache else 0
         end = start + idx.size(1)
@@ -228,10 +231,10 @@ class GPT(nn.Module):
     ):
         """Yields the next token of each of the sequences idx (B, T), as (B,) int64, step by step.
 
-        How it is drawn: see sample(). A sequence that has met stop_token repeats it; when all have,
-        the iterator ends. Call eval() first to turn dropout off. When the context is full, the
-        model rereads its last half as if the text began there, since learned positions cannot
-        slide. Of a longer prompt, only the last block_size tokens count.
+        See sample() for how it is drawn. Once a sequence has produced stop_token, it keeps yielding
+        it; the iterator ends when all have stopped. Call eval() first to turn dropout off. When the
+        context is full, the model rereads its last half as if the text began there, since learned
+        positions cannot slide. Of a longer prompt, only the last block_size tokens are used.
         """
         block_size = self.config.block_size
         context = idx[:, -block_size:]  # the tokens since position 0
@@ -242,12 +245,12 @@ class GPT(nn.Module):
             if cache[0].length == block_size:
                 context = context[:, -max(1, block_size // 2) :]
                 for layer in cache:
-                    layer.length = 0
+                    layer.length = 0  # so that the whole of context is new
             with torch.inference_mode():
                 x = self.hidden(context[:, cache[0].length :], cache)  # reads only what is new
                 logits = self.lm_head(x[:, -1])  # (B, vocab_size)
                 token = sample(logits, temperature, top_k, top_p, generator)
-            token = token.clone()  # outside of inference mode, whose tensors autograd refuses
+            token = token.clone()  # outside inference mode: autograd rejects inference tensors
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped = token == stop_token
@@ -262,7 +265,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def resize(self, vocab_size=None, block_size=None):
-        """Crops the vocabulary or the context, or adds rows, N(0, 0.02), that are to be trained.
+        """Crops the vocabulary or the context, or adds rows from N(0, 0.02), to be trained.
 
         Parameters are replaced: create the optimizer afterwards.
         """
@@ -286,15 +289,15 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
-        """The model in what load_checkpoint returned, in float32 and eval mode; tensors are shared.
-
-        changes override its config, as in dropout=0.1. Any exception says the file is damaged.
+        """Builds the model from what load_checkpoint returned, in float32 and eval mode; tensors are
+        shared. changes override its config, as in dropout=0.1. Any exception means that the
+        checkpoint is damaged.
         """
         with torch.device("meta"):  # shapes alone: no memory, no random numbers
             model = cls(GPTConfig(**{**checkpoint["config"], **changes}))
         weights = {name: tensor.float() for name, tensor in checkpoint["model"].items()}
         if any(w.layout != torch.strided or w.is_meta for w in weights.values()):
-            raise ValueError("weights that are not stored as plain tables")
+            raise ValueError("the weights are not plain (strided) tensors")
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
         return model.eval()
@@ -325,8 +328,8 @@ LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 def next_token_losses(lm_head, x, targets):
     """Cross-entropy of each target, in nats: x (N, C), targets (N,) -> (N,), 0 where it is -100.
 
-    With GPT-2's vocabulary the logits would be the largest tensor of all. Where there are that
-    many, they are computed for some rows at a time, and once more in the backward pass.
+    With GPT-2's vocabulary the logits would be the largest tensor of all. When there are that many,
+    they are computed in chunks of rows, and recomputed in the backward pass.
     """
 
     def losses(x, targets):
@@ -344,13 +347,13 @@ def next_token_losses(lm_head, x, targets):
 
 class KVCache:
     """The keys and values of one block for all tokens so far, so that each new token costs one
-    short step. Memory: 2 · capacity · n_embd numbers a sequence."""
+    short step. Memory: 2 · capacity · n_embd numbers per sequence."""
 
     def __init__(self, capacity):
         self.capacity, self.length, self.stored = capacity, 0, None
 
     def append(self, keys_values):
-        """Stores those of new tokens, (2, B, n_head, T, d); returns those of all tokens."""
+        """Appends those of new tokens, (2, B, n_head, T, d); returns those of all tokens so far."""
         if self.stored is None:
             _, B, n_head, _, d = keys_values.shape
             self.stored = keys_values.new_empty(2, B, n_head, self.capacity, d)
@@ -360,13 +363,14 @@ class KVCache:
 
 
 def keep_top_p(logits, p):
-    """Of logits (B, n), keeps the fewest likeliest whose probability reaches p; -inf elsewhere.
+    """Keeps the fewest most likely of logits (B, n) whose total probability reaches p; the rest
+    become -inf.
 
     Nucleus sampling: Holtzman et al. 2020.
     """
     values, order = logits.sort(descending=True)
     probs = F.softmax(values, dim=-1)
-    before = probs.cumsum(-1) - probs  # probability of all likelier tokens: 0 for the likeliest
+    before = probs.cumsum(-1) - probs  # the probability of all tokens more likely than this one
     kept = values.masked_fill(before >= p, -math.inf)
     kept[:, 0] = values[:, 0]  # at least one, however small p is
     return torch.empty_like(logits).scatter(-1, order, kept)
@@ -375,12 +379,14 @@ def keep_top_p(logits, p):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws a token for each row of logits (B, vocab_size) -> (B,) int64.
 
-    Temperature 0 takes the likeliest token; otherwise one is drawn from softmax(logits /
-    temperature), restricted to the top_k likeliest, then to the fewest that reach top_p.
+    Temperature 0 takes the most likely token; otherwise one is drawn from softmax(logits /
+    temperature), restricted to the top_k most likely, then to the fewest that reach top_p.
     """
     logits = logits.float() / (temperature or 1)
     if not logits.isfinite().all():
-        raise ValueError("logits are not finite: damaged weights, or too small a temperature")
+        raise ValueError(
+            "logits are not finite: the weights are damaged or the temperature is too low"
+        )
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:  # from here on (B, k): exactly k, even with ties; tokens says which they are
@@ -395,7 +401,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 def pick_device(name=""):
-    """ "cpu", "cuda:1", "mps" ..., or "" for the best available -> torch.device, tried out."""
+    """The torch.device of this name, "" for the best available, after checking that it works."""
     if not name:
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -423,7 +429,7 @@ def pick_dtype(device):
         return time.perf_counter() - start
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two would wait for each other if the machine is busy
+    torch.set_num_threads(1)  # on a busy machine, threads would wait for one another
     times = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(10)]
     torch.set_num_threads(threads)
     bfloat16, float32 = map(min, zip(*times))
@@ -449,7 +455,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def damaged(path):
-    """Makes a ValueError that blames the file of whatever goes wrong with its contents."""
+    """Turns any error in a file's contents into a ValueError that names the file."""
     try:
         yield
     except OSError:
@@ -464,7 +470,7 @@ def save_checkpoint(path, checkpoint):
     try:
         with replacing(path) as file:
             torch.save({"format": 2, **checkpoint}, file)
-    except RuntimeError as error:  # torch.save's way to report a full disk
+    except RuntimeError as error:  # how torch.save reports a full disk
         raise OSError(f"{path} could not be written; is the disk full?") from error
 
 
@@ -492,7 +498,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-# --- GPT-2's weights in and out (skip this at first reading) --------------------------------------
+# --- GPT-2's weights in and out (skip this on a first reading) --------------------------------------
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUGGING_FACE_NAMES = {"block_size": "n_positions", "tie_weights": "tie_word_embeddings"}
@@ -511,7 +517,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def load_huggingface(path):
     """model.safetensors and the config.json beside it -> a checkpoint like ours.
 
-    Dropout belongs to a training run, not to its result, and is not taken over.
+    Dropout belongs to a training run, not to its result, so it is not loaded.
     """
     with damaged(path.with_name("config.json")):
         settings = json.loads(path.with_name("config.json").read_bytes())
@@ -536,7 +542,7 @@ def load_huggingface(path):
 def read_safetensors(path):
     """A safetensors file -> {name: tensor}, floating-point ones only, mapped into memory, not read.
 
-    The file has the length of its header in 8 bytes; the header, JSON, {name: {"dtype", "shape",
+    Layout: the length of the header (8 bytes); the header, as JSON: {name: {"dtype", "shape",
     "data_offsets": [start, end]}}; the data. Slices and views keep every tensor inside the file.
     """
     tensors = {}
@@ -592,9 +598,9 @@ def write_safetensors(path, tensors):
 
 
 def download_gpt2(name):
-    """Downloads one of HUB_MODELS into torch.hub's folder, unless it is there; returns its folder.
+    """Downloads one of HUB_MODELS into torch.hub's folder, unless it is already there.
 
-    The variable HF_ENDPOINT names a mirror of the hub.
+    Returns its folder. Set HF_ENDPOINT to use a mirror of the hub.
     """
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     folder = pathlib.Path(torch.hub.get_dir(), name)
@@ -606,10 +612,10 @@ def download_gpt2(name):
         print(f"downloading {url} to {folder}", file=sys.stderr)
         try:
             torch.hub.download_url_to_file(url, f"{path}.partial")
-            if file == "model.safetensors":  # which notices a connection that broke off
+            if file == "model.safetensors":  # parsing it detects a truncated download
                 read_safetensors(f"{path}.partial")
             os.replace(f"{path}.partial", path)
         except Exception as error:
-            reason = f"{error}; or copy it to {folder}"
-            raise ValueError(f"{url}: cannot be downloaded ({reason})") from error
+            reason = f"{error}; you can also copy the file to {folder}"
+            raise ValueError(f"{url} cannot be downloaded: {reason}") from error
     return folder

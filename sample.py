@@ -1,4 +1,4 @@
-"""Writes text with a trained GPT.
+"""Generates text with a trained GPT.
 
     python sample.py                                            # from out/, a new document
     python sample.py --init_from=out/book --start="It was a"    # continues a text
@@ -7,7 +7,7 @@
     python sample.py --init_from=out/instruct --chat            # a conversation
     python sample.py --start="# os.path." --surprise            # how likely is each token?
     python sample.py --start="# os.path." --attention=attention.png
-    python sample.py --init_from=out --save_pretrained=mine     # for transformers and the like
+    python sample.py --init_from=out --save_pretrained=mine     # for Hugging Face transformers
 
 Reads what train.py and finetune.py have written, and GPT-2 in Hugging Face's format.
 """
@@ -46,11 +46,11 @@ class SampleConfig:
     init_from: str = "out"  # a run's folder, a checkpoint, gpt2, or a Hugging Face folder
     start: str = ""  # the text to continue, or FILE:name (default: a new document)
     num_samples: int = 1  # how many, generated as one batch
-    max_new_tokens: int = 500  # tokens of a sample, at most
-    temperature: float = 0.8  # below 1: likelier tokens; 0: always the likeliest
-    top_k: int = 200  # choose among the k likeliest tokens (0: all)
-    top_p: float = 1.0  # of these, the fewest whose probability reaches p
-    seed: int = 1337  # the same seed writes the same text
+    max_new_tokens: int = 500  # maximum tokens per sample
+    temperature: float = 0.8  # below 1 favors likely tokens; 0 always takes the most likely
+    top_k: int = 200  # choose among the k most likely tokens (0: all)
+    top_p: float = 1.0  # of these, keep the fewest whose total probability reaches p
+    seed: int = 1337  # the same seed gives the same text
     device: str = ""  # cpu, cuda, mps (default: the best available)
     dtype: str = ""  # float32, bfloat16, float16 (default: the fastest for the model's size)
     attention: str = ""  # draw which tokens of --start attend to which, into this PNG file
@@ -63,7 +63,7 @@ class SampleConfig:
 def load_model(config):
     """-> model, tokenizer, checkpoint, in which "tokenizer" is the spec of the tokenizer.
 
-    Rows that only pad the vocabulary to a round size are cropped, so they are never sampled.
+    Rows that only pad the vocabulary are cropped so that they are never sampled.
     """
     checkpoint, device = load_checkpoint(config.init_from), pick_device(config.device)
     checkpoint["tokenizer"] = tokenizer_of(checkpoint, config.init_from)
@@ -72,23 +72,23 @@ def load_model(config):
         model = GPT.from_checkpoint(checkpoint)
         if model.config.vocab_size > tokenizer.n_vocab:
             model.resize(vocab_size=tokenizer.n_vocab)
-    # the products of a small model are so short that converting its tensors would cost more
+    if config.dtype not in ("", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
+    # a small model's matrix products are too short to repay the conversion
     dtype = pick_dtype(device) if model.config.n_embd >= 512 else torch.float32
-    dtype = getattr(torch, config.dtype, None) if config.dtype else dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"--dtype={config.dtype}: give float32, bfloat16 or float16")
+    dtype = getattr(torch, config.dtype) if config.dtype else dtype
     return model.to(device, dtype), tokenizer, checkpoint
 
 
 def write(model, tokenizer, tokens, config, generator, num_samples=1):
-    """Generates continuations of tokens and prints the first as it comes; returns their texts, and
-    how many tokens they have. Ctrl-C ends them.
+    """Continues tokens num_samples times; prints the first text as it is generated. Returns the
+    texts and the number of tokens. Ctrl-C stops generation.
 
-    The bytes of a character that spans several tokens wait until it is complete.
+    The bytes of a character that is split across tokens are held until it is complete.
     """
     block_size, end = model.config.block_size, tokenizer.eot_token
     if len(tokens) > block_size:
-        note = f"of the prompt's {len(tokens)} tokens, the model sees the last {block_size}"
+        note = f"the prompt has {len(tokens)} tokens; the model sees only the last {block_size}"
         print(f"note: {note}", file=sys.stderr)
     utf8 = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
     texts, count = [""] * num_samples, 0
@@ -101,15 +101,16 @@ def write(model, tokenizer, tokens, config, generator, num_samples=1):
                     count += 1
                     text = utf8[i].decode(token_bytes(tokenizer, token))
                     texts[i] += text
-                    print(text if i == 0 else "", end="", flush=i == 0)
+                    if i == 0:
+                        print(text, end="", flush=True)
     rests = [decoder.decode(b"", final=True) for decoder in utf8]
     print(rests[0])
     return [text + rest for text, rest in zip(texts, rests)], count
 
 
 def write_samples(model, tokenizer, prompt, config, generator):
-    """Prints num_samples continuations of prompt, and how fast they came."""
-    # a document begins after the end of another
+    """Prints num_samples continuations of prompt and the generation speed."""
+    # a new document starts after an end-of-text token
     tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
     print(prompt, end="", flush=True)
     start = time.perf_counter()
@@ -121,19 +122,19 @@ def write_samples(model, tokenizer, prompt, config, generator):
 
 
 def fitting_prompt(messages, tokenizer, template, limit):
-    """chat_prompt in at most limit tokens: the oldest exchanges are left out, the system prompt
-    stays, and of a single message too long only the end."""
+    """chat_prompt in at most limit tokens: the oldest exchanges are dropped, the system prompt is
+    kept, and a single overlong message keeps only its end."""
     head = [message for message in messages if message["role"] == "system"]
     rest = messages[len(head) :]
     while len(tokens := chat_prompt(head + rest, tokenizer, template)) > limit and len(rest) > 1:
-        rest = rest[2:]
+        rest = rest[2:]  # a question and its answer
     return tokens[-limit:]
 
 
 def chat(model, tokenizer, template, config, generator):
-    """Answers each line that is typed. Ctrl-C ends an answer, Ctrl-D the conversation."""
+    """Replies to each line typed. Ctrl-C ends a reply, Ctrl-D the conversation."""
     block_size = model.config.block_size
-    # at least half of the context is for what has been said, the rest for the answer
+    # at least half of the context is reserved for the conversation so far
     limit = block_size - min(config.max_new_tokens, block_size // 2)
     messages = [{"role": "system", "content": config.system}] if config.system else []
     with contextlib.suppress(EOFError):
@@ -178,19 +179,18 @@ def draw_attention(model, tokenizer, text, path):
 
 @torch.no_grad()
 def print_surprise(model, tokenizer, text):
-    """Prints, for each token of text that fits the context, its probability and rank, and the
-    tokens that were expected instead."""
+    """Prints, for each token of text that fits the context, its probability and rank, and the most
+    likely tokens."""
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)][: model.config.block_size + 1]
     idx = torch.tensor([tokens[:-1]], device=model.lm_head.weight.device)
-    print(f"{'token':16}{'probability':>11}{'rank':>7}  expected")
+    print(f"{'token':16}{'probability':>11}{'rank':>7}  most likely")
     total, n_bytes = 0.0, 0
     for token, log_probs in zip(tokens[1:], model(idx)[0].float().log_softmax(-1)):
         log_prob = log_probs[token].item()
         rank = int((log_probs > log_prob).sum()) + 1
-        label, *expected = (
-            f"'{token_label(tokenizer, t)}'" for t in (token, *log_probs.topk(3).indices.tolist())
-        )
-        print(f"{label:16}{math.exp(log_prob):11.4f}{rank:7}  {' '.join(expected)}")
+        label = f"'{token_label(tokenizer, token)}'"
+        likely = (f"'{token_label(tokenizer, t)}'" for t in log_probs.topk(3).indices.tolist())
+        print(f"{label:16}{math.exp(log_prob):11.4f}{rank:7}  {' '.join(likely)}")
         total -= log_prob / math.log(2)
         n_bytes += len(token_bytes(tokenizer, token))
     print(f"{total:.1f} bits in {n_bytes} bytes: {total / n_bytes:.2f} bits/byte")
@@ -204,9 +204,7 @@ def main(argv=None):
         with damaged(path):
             prompt = clean(path.read_bytes().decode())
     if not prompt and (config.attention or config.surprise or config.start):
-        raise ValueError(
-            "--start is empty: give the text to look at, or omit it for a new document"
-        )
+        raise ValueError("--start is empty: give some text, or omit it to start a new document")
     model, tokenizer, checkpoint = load_model(config)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
     if config.attention:

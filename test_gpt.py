@@ -4,9 +4,11 @@ python -m pytest -q
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import doctest
+import functools
 import http.server
 import io
 import itertools
@@ -41,6 +43,10 @@ from prepare_data import SPLIT, bpe_encode, bpe_spec, build_tokenizer, clean, cu
 TINY = {"block_size": 16, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 16}
 torch.set_num_threads(1)  # such small tensors are not worth a second
 WORDS = ["the", "a", "cat", "dog", "sees", "hears", "and", "not", "red", "small", "house", "in"]
+CPU = torch.device("cpu")
+
+assert_close = torch.testing.assert_close
+assert_equal = functools.partial(assert_close, rtol=0, atol=0)  # bit for bit, nested dicts too
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +76,20 @@ def story(n_words, seed=0):
 
 def prepare(folder, text, *flags):
     """Writes text to a file, prepares folder from it, and opens it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".txt")
     path.write_text(text, encoding="utf-8")
     prepare_data.main([str(path), f"--out={folder}", "--vocab_size=280", *flags])
     return prepare_data.open_data(folder)
+
+
+def documents_in(meta):
+    """The text of a data folder, {split: documents}."""
+    tokenizer, texts = build_tokenizer(meta["tokenizer"]), {}
+    for name, split in meta["splits"].items():
+        text = tokenizer.decode(np.concatenate(split["arrays"]).tolist())
+        *texts[name], rest = text.split("<|endoftext|>")
+        assert rest == ""  # every document has an end token behind it
+    return texts
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +107,11 @@ SMALL += ["--max_iters=20", "--device=cpu", "--dtype=float32"]
 def run_training(data_folder, out_dir, *flags):
     """train.py on a tiny model -> the checkpoint it ends with."""
     train.main([f"--data={data_folder}", f"--out_dir={out_dir}", *SMALL, *flags])
+    return load_checkpoint(out_dir / "last.pt")
+
+
+def resume(out_dir, *flags):
+    train.main(["--init_from=resume", f"--out_dir={out_dir}", *flags])
     return load_checkpoint(out_dir / "last.pt")
 
 
@@ -114,40 +134,20 @@ def write_rows(path, rows):
     return path
 
 
-def assert_equal(a, b):
-    """Nested dicts and lists with the same tensors, bit for bit."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        a, b = list(a.values()), list(b.values())
-    if isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_equal(x, y)
-    elif torch.is_tensor(a):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
 @contextlib.contextmanager
-def web_server(answers):
-    """A server here that gives answers {path: (bytes, headers)} -> its address, paths asked for."""
+def web_server(folder):
+    """A server of the files in folder -> its address, and the list of paths asked for."""
+    asked = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *args):
             asked.append(self.path)
-            self.send_response(200 if self.path in answers else 404)
-            content, headers = answers.get(self.path, (b"", {}))
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
 
-        def log_message(self, *args):
+        def log_error(self, *args):
             pass
 
-    asked = []
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+    handler = functools.partial(Handler, directory=folder)
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
@@ -171,15 +171,14 @@ def wait_for(process, condition):
 # --- the model ------------------------------------------------------------------------------------
 
 
-def test_a_token_changes_no_output_before_it():
+def test_a_token_changes_no_output_before_it_and_each_one_after_it():
     model, idx = tiny_model(), tokens(2, 16)
     before = model(idx)
     for t in range(16):
         changed = idx.clone()
         changed[:, t] = (changed[:, t] + 1) % 50
-        after = model(changed)
-        assert torch.equal(after[:, :t], before[:, :t])
-        assert not torch.allclose(after[:, t:], before[:, t:])
+        differs = (model(changed) != before).any(-1)
+        assert torch.equal(differs, (torch.arange(16) >= t).expand(2, 16))
 
 
 @pytest.mark.parametrize("n_new", [9, 4, 1])
@@ -188,69 +187,58 @@ def test_attention_written_out_computes_what_the_fused_kernel_does(n_new):
     q = q[:, :, -n_new:]  # the last queries, as with a cache
     mask = torch.ones(n_new, 9, dtype=torch.bool).tril(9 - n_new)
     fused = F.scaled_dot_product_attention(q, k, v, mask)
-    torch.testing.assert_close(gpt.attention_weights(q, k) @ v, fused)
-    torch.testing.assert_close(gpt.attention(q, k, v), fused)
+    assert_close(gpt.attention_weights(q, k) @ v, fused)
+    assert_close(gpt.attention(q, k, v), fused)
     written_out = gpt.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    torch.testing.assert_close(written_out.float(), fused, atol=0.03, rtol=0.03)
+    assert_close(written_out.float(), fused, atol=0.03, rtol=0.03)
 
 
-def test_dropout_on_attention_weights_keeps_their_mean():
-    q, k = torch.randn(2, 1, 1, 16, 8)
-    v = torch.eye(16).view(1, 1, 16, 16)
-    for dtype in (torch.float32, torch.bfloat16):
-        few = [gpt.attention(q.to(dtype), k.to(dtype), v.to(dtype), 0.5) for _ in range(400)]
-        assert (few[0] == 0).sum() > (gpt.attention(q, k, v) == 0).sum()
-        mean = torch.stack(few).float().mean(0)
-        torch.testing.assert_close(mean, gpt.attention(q, k, v), atol=0.15, rtol=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_attention_weights_keeps_their_mean(dtype):
+    q, k, v = torch.zeros(3, 1000, 1, 8, 8, dtype=dtype)
+    dropped = gpt.attention(q, k, v + torch.eye(8, dtype=dtype), 0.5).float()
+    assert ((dropped == 0).float().mean() - 0.72).abs() < 0.03  # 28 of 64 weights, and half of 36
+    even = torch.ones(8, 8).tril() / torch.arange(1, 9)[:, None]
+    assert_close(dropped.mean((0, 1)), even, atol=0.1, rtol=0)
 
 
 def test_reading_in_steps_with_a_cache_is_reading_at_once():
     model, idx = tiny_model(), tokens(3, 16)
     cache = [KVCache(16) for _ in model.transformer.h]
     steps = [model.hidden(part, cache) for part in idx.split([5, 1, 4, 6], dim=1)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), model.hidden(idx))
-    assert [layer.length for layer in cache] == [16, 16]
+    assert_close(torch.cat(steps, dim=1), model.hidden(idx))
+    with pytest.raises(ValueError, match="17 tokens do not fit"):
+        model.hidden(idx[:, :1], cache)
 
 
 def test_when_the_context_is_full_generation_starts_afresh_on_its_last_half():
     model, idx = tiny_model(), tokens(2, 10)
     made = list(model.generate(idx, 40, temperature=0))
+    assert_equal(list(model.generate(idx, 5, temperature=0)), made[:5])
     text = torch.cat([idx, torch.stack(made, dim=1)], dim=1)  # (2, 50)
     length = 10  # of what the model has before it when it makes text[:, n]
     for n in range(10, 50):
-        if length > 16:
-            length = 8
+        length = 8 if length > 16 else length
         assert torch.equal(text[:, n], model(text[:, n - length : n])[:, -1].argmax(-1))
         length += 1
 
 
 def test_a_prompt_longer_than_the_context_keeps_its_end():
     model, idx = tiny_model(), tokens(1, 40)
-    a = torch.stack(list(model.generate(idx, 9, temperature=0)))
-    assert torch.equal(a, torch.stack(list(model.generate(idx[:, -16:], 9, temperature=0))))
+    made = [list(model.generate(prompt, 9, temperature=0)) for prompt in (idx, idx[:, -16:])]
+    assert_equal(*made)
 
 
-@pytest.mark.parametrize("at_once", [10**9, 20_000])
+@pytest.mark.parametrize("at_once", [10**9, 200])  # logits: all of them, or 4 rows
 def test_loss_and_gradients_are_those_of_plain_cross_entropy(at_once, monkeypatch):
-    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", at_once)  # all rows, or chunks of 20
-    results, targets = [], tokens(90, vocab_size=1000)
-    targets[::3] = -100
-    x, weight = torch.randn(90, 16), torch.randn(1000, 16)
-    for ours in (True, False):
-        leaf, head = x.clone().requires_grad_(), torch.nn.Linear(16, 1000, bias=False)
-        head.weight.data = weight.clone()
-        losses = gpt.next_token_losses(head, leaf, targets) if ours else None
-        plain = F.cross_entropy(head(leaf), targets, reduction="none")
-        (losses if ours else plain).sum().backward()
-        results.append([(losses if ours else plain).detach(), leaf.grad, head.weight.grad])
-    torch.testing.assert_close(*results)
-
-
-def test_the_loss_is_the_mean_over_targets_that_are_there():
-    model, idx, targets = tiny_model(), tokens(2, 8), tokens(2, 8)
+    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", at_once)
+    model, idx, targets = tiny_model(), tokens(2, 15), tokens(2, 15)
     targets[0, :5] = -100
-    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(model(idx, targets), expected)
+    plain = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    weights = list(model.parameters())
+    loss = model(idx, targets)
+    assert_close(loss, plain)
+    assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(plain, weights))
 
 
 def test_under_autocast_each_loss_keeps_its_precision():
@@ -259,35 +247,23 @@ def test_under_autocast_each_loss_keeps_its_precision():
     with torch.autocast("cpu", torch.bfloat16):
         losses = gpt.next_token_losses(head, x, targets)
         exact = F.cross_entropy(head(x).float(), targets, reduction="none")
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, exact)
+    assert_close(losses, exact)
     assert not torch.equal(losses, losses.bfloat16().float())
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_new_model_expects_every_token_alike(tied):
-    model = GPT(GPTConfig(**{**TINY, "vocab_size": 1000, "n_embd": 64, "tie_weights": tied}))
+def test_a_new_model_has_weights_of_the_stated_sizes_and_expects_every_token_alike(tied):
+    shape = {**TINY, "vocab_size": 1000, "n_embd": 64, "n_layer": 8, "tie_weights": tied}
+    model = GPT(GPTConfig(**shape))
+    sizes = {"c_attn": 0.02, "c_fc": 0.02, "c_proj": 0.02 / 16**0.5, "ln_f": 1}
+    sizes |= dict.fromkeys(("wte", "wpe"), 0.02 if tied else 1)
+    for name, parameter in model.named_parameters():
+        module, kind = name.split(".")[-2:]
+        size = 0 if kind == "bias" else sizes.get(module)
+        if size is not None:
+            assert parameter.square().mean().sqrt().item() == pytest.approx(size, rel=0.1)
     loss = model(tokens(8, 16, vocab_size=1000), tokens(8, 16, vocab_size=1000))
     assert loss.item() == pytest.approx(math.log(1000), abs=0.05 if tied else 1e-5)
-
-
-def test_what_branches_add_begins_as_small_as_there_are_many():
-    for n_layer in (1, 8):
-        model = GPT(GPTConfig(**{**TINY, "n_layer": n_layer, "n_embd": 64}))
-        for name, weight in model.named_parameters():
-            if name.endswith("c_proj.weight"):
-                assert weight.std().item() == pytest.approx(0.02 / (2 * n_layer) ** 0.5, rel=0.1)
-
-
-def test_one_batch_can_be_learned_by_heart():
-    model, batch = GPT(GPTConfig(**TINY)), tokens(4, 17)
-    optimizer = train.configure_optimizer(model, 1e-2, 0.0, (0.9, 0.99))
-    for _ in range(150):
-        loss = model(batch[:, :-1], batch[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.1
 
 
 @pytest.mark.parametrize("name", ["dropout", "attn_dropout"])
@@ -298,54 +274,39 @@ def test_dropout_is_off_in_evaluation_and_on_in_training(name):
     assert not torch.allclose(model(idx), model(idx))
 
 
-def test_a_tied_head_is_the_embedding_also_after_loading(tmp_path):
-    for tied in (True, False):
-        model = tiny_model(tie_weights=tied)
-        gpt.save_checkpoint(tmp_path / "a.pt", model.checkpoint())
-        loaded = GPT.from_pretrained(tmp_path / "a.pt")
-        assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
-        assert_equal(dict(model.state_dict()), dict(loaded.state_dict()))
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_the_embedding_also_after_loading(tied, tmp_path):
+    model = tiny_model(tie_weights=tied)
+    gpt.save_checkpoint(tmp_path / "best.pt", model.checkpoint())
+    loaded = GPT.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
+    assert_equal(model.state_dict(), loaded.state_dict())
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_resizing_the_vocabulary_leaves_the_other_tokens_alone(tied):
+def test_resizing_leaves_the_other_tokens_and_positions_alone(tied):
     model, idx = tiny_model(tie_weights=tied), tokens(2, 8, vocab_size=30)
     logits = model(idx)
-    model.resize(vocab_size=64)
-    assert model(idx).shape == (2, 8, 64)
-    torch.testing.assert_close(model(idx)[..., :50], logits)
-    model.resize(vocab_size=30)
-    torch.testing.assert_close(model(idx), logits[..., :30])
-    assert model.num_params() == GPT(model.config).num_params()
+    for vocab_size, block_size in [(64, 8), (30, 40)]:
+        model.resize(vocab_size, block_size)
+        n = min(vocab_size, 50)
+        assert_close(model(idx)[..., :n], logits[..., :n])
+        assert model(idx[:1, :1].expand(1, block_size)).shape == (1, block_size, vocab_size)
+        assert model.num_params() == GPT(model.config).num_params()
+        with pytest.raises(ValueError, match="do not fit"):
+            model(tokens(1, block_size + 1))
 
 
-@pytest.mark.parametrize("block_size", [8, 40])
-def test_another_context_leaves_the_old_positions_alone(block_size):
-    model, idx = tiny_model(), tokens(2, 8)
-    before = model(idx)
-    model.resize(block_size=block_size)
-    assert torch.equal(model(idx), before)
-    assert model(tokens(1, block_size)).shape == (1, block_size, 50)
-    with pytest.raises(ValueError, match="do not fit"):
-        model(tokens(1, block_size + 1))
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32])
+def test_the_faster_dtype_is_picked(fast, monkeypatch):
+    clock = [0]
 
+    def product(a, b):
+        clock[0] += 1 if a.dtype == fast else 5
 
-def test_bfloat16_is_picked_where_it_is_faster(monkeypatch):
-    for faster in (torch.bfloat16, torch.float32):
-        clock = itertools.count()
-        product = torch.Tensor.__matmul__
-
-        def timed(a, b, faster=faster, clock=clock, product=product):
-            for _ in range(1 if a.dtype == faster else 5):
-                next(clock)
-            return product(a, b)
-
-        gpt.pick_dtype.cache_clear()
-        monkeypatch.setattr(gpt.time, "perf_counter", clock.__next__)
-        monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
-        assert gpt.pick_dtype(torch.device("cpu")) == faster
-        monkeypatch.undo()
-    gpt.pick_dtype.cache_clear()
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert gpt.pick_dtype.__wrapped__(CPU) == fast
 
 
 # --- choosing the next token ----------------------------------------------------------------------
@@ -353,9 +314,8 @@ def test_bfloat16_is_picked_where_it_is_faster(monkeypatch):
 
 def test_greedy_sampling_takes_the_likeliest_token():
     logits = torch.randn(5, 20)
-    assert torch.equal(gpt.sample(logits, temperature=0), logits.argmax(-1))
-    assert torch.equal(gpt.sample(logits, top_k=1), logits.argmax(-1))
-    assert torch.equal(gpt.sample(logits, top_p=1e-6), logits.argmax(-1))
+    for how in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0.0}):
+        assert torch.equal(gpt.sample(logits, **how), logits.argmax(-1))
 
 
 def test_top_k_draws_from_exactly_k_tokens_even_among_equals():
@@ -379,13 +339,13 @@ def test_sampling_follows_the_probabilities():
     logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(20_000, 3)
     drawn = gpt.sample(logits, temperature=0.5).bincount(minlength=3) / 20_000
     squared = torch.tensor([0.01, 0.36, 0.09]) / 0.46
-    torch.testing.assert_close(drawn, squared, atol=0.02, rtol=0)
+    assert_close(drawn, squared, atol=0.02, rtol=0)
 
 
-def test_logits_that_are_not_finite_are_an_error_not_a_crash():
-    for temperature in (0, 1):
-        with pytest.raises(ValueError, match="not finite"):
-            gpt.sample(torch.tensor([[1.0, math.nan]]), temperature)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_an_error(temperature):
+    with pytest.raises(ValueError, match="not finite"):
+        gpt.sample(torch.tensor([[1.0, math.nan]]), temperature)
 
 
 def test_a_sequence_that_met_the_stop_token_goes_on_yielding_it():
@@ -436,45 +396,34 @@ def test_the_fast_bpe_learns_what_counting_every_pair_anew_learns(seed):
 def any_text(rng, n):
     """Letters, spaces, and anything else that Unicode has."""
     kinds = ["ab c\n\t'", "éßñ漢字ไทย", "😀👩‍👩‍👧\u0301", "<|endoftext|>"]
-    char = lambda: (
-        rng.choice(rng.choice(kinds)) if rng.random() < 0.9 else chr(rng.randrange(0xD7FF))
-    )
-    return "".join(char() for _ in range(n))
+    kinds = [rng.choice([*kinds, chr(rng.randrange(0xD7FF))]) for _ in range(n)]
+    return "".join(map(rng.choice, kinds))
 
 
-def test_bpe_encode_is_what_tiktoken_does():
-    ranks = train_bpe([story(500)], 350)
-    tokenizer = build_tokenizer(bpe_spec(ranks))
-    rng = random.Random(1)
+def test_bpe_encode_is_what_tiktoken_does_and_any_text_comes_back():
+    ranks, rng = train_bpe([story(500)], 350), random.Random(1)
+    tokenizer = build_tokenizer(json.loads(json.dumps(bpe_spec(ranks))))
     for text in [story(50, seed=3), *(any_text(rng, 60) for _ in range(50))]:
         pieces = (piece.encode() for piece in regex.findall(SPLIT, text))
         ids = [ranks[token] for piece in pieces for token in bpe_encode(piece, ranks)]
         assert ids == tokenizer.encode_ordinary(text)
-
-
-def test_any_text_and_any_bytes_come_back():
-    tokenizer = build_tokenizer(json.loads(json.dumps(bpe_spec(train_bpe([story(300)], 320)))))
-    rng = random.Random(2)
-    for _ in range(100):
-        text = any_text(rng, 40)
-        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+        assert tokenizer.decode(ids) == text
     for byte in range(256):
         assert bytes([byte]) in tokenizer.token_byte_values()
 
 
 def test_special_tokens_stand_behind_the_learned_ones_and_only_code_can_write_them():
-    tokenizer = build_tokenizer(bpe_spec(train_bpe([story(300)], 300)))
+    ranks = train_bpe([story(300)], 300)
+    tokenizer, n = build_tokenizer(bpe_spec(ranks)), len(ranks)
     names = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    n = tokenizer.n_vocab - 4
     assert [tokenizer.encode_single_token(name) for name in names] == list(range(n, n + 4))
     assert max(tokenizer.encode_ordinary("a <|endoftext|> b")) < n
 
 
 @pytest.mark.parametrize("space", [" ", "，"])  # Chinese has no spaces, and is cut, too
 def test_a_text_encoded_in_parts_gives_the_tokens_of_the_whole(space):
-    rng = random.Random(3)
     pieces = ["word", space, space * 2, "_", "don't", "12", "é", "漢", "!"]
-    text = "".join(rng.choices(pieces, k=9000))
+    text = "".join(random.Random(3).choices(pieces, k=9000))
     tokenizer = build_tokenizer(bpe_spec(train_bpe([text], 400)))
     parts = list(cut(text, 100))
     assert "".join(parts) == text
@@ -511,15 +460,15 @@ def test_tokens_that_are_no_characters_or_missing_have_labels():
 # --- any text -------------------------------------------------------------------------------------
 
 
-def documents_of(*inputs, **options):
-    return [text for _, text in prepare_data.read_documents(inputs, **options)]
+def documents_of(*inputs):
+    return [clean(text) for _, text in prepare_data.read_documents(inputs)]
 
 
 def test_every_kind_of_file_gives_its_documents(tmp_path):
     files = {
-        "b.txt": "one",
-        "a/c.md": "two",
-        "a/b.jsonl": '{"text": "three"}\n\n{"text": "four", "x": 1}\n',
+        "b.txt": "zero<|endoftext|>one",
+        "a/b.jsonl": '{"text": "two"}\n\n{"text": "three", "x": 1}\n',
+        "a/c.md": "four",
         "a/d.json": '[{"text": "five"}, {"text": "six"}]',
         "a/e.html": "<title>no</title><p>seven &eacute;<script>no</script> <b>x</b>y</p>"
         "<pre> z\n</pre>",
@@ -530,9 +479,8 @@ def test_every_kind_of_file_gives_its_documents(tmp_path):
     (tmp_path / "a").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    found = list(map(clean, documents_of(tmp_path / "b.txt", tmp_path / "a")))
-    expected = ["one", "three", "four", "two", "five", "six", "seven é xy\n\n z", "eight"]
-    assert found == [*expected, "nine", "ten"]
+    expected = ["zero", "one", "two", "three", "four", "five", "six", "seven é xy\n\n z", "eight"]
+    assert documents_of(tmp_path / "b.txt", tmp_path / "a") == [*expected, "nine", "ten"]
 
 
 @pytest.mark.parametrize("block", [3, 7, 1 << 20])
@@ -544,34 +492,29 @@ def test_a_separator_divides_a_file_wherever_its_blocks_end(tmp_path, block):
     assert all(data[offset:].startswith(part) for offset, part in parts)
 
 
-def test_end_of_text_separates_documents_and_a_separator_may_have_escapes(tmp_path):
-    def documents(text, *flags):
-        meta = prepare(tmp_path / "d", text, *flags)
-        return sum(split["documents"] for split in meta["splits"].values())
-
-    texts = [story(30, seed=i) for i in range(5)]
-    assert documents("<|endoftext|>".join(texts)) == 10  # each large one gives its last tenth
-    assert documents("\t\n".join(t.replace("\n", " ") for t in texts), "--separator=\\t\\n") == 10
+def test_a_separator_may_have_escapes(tmp_path):
+    texts = [f"{i} the cat sees a dog" for i in range(500)]
+    found = documents_in(prepare(tmp_path / "data", "\t\n".join(texts), r"--separator=\t\n"))
+    assert sorted(found["train"] + found["val"]) == sorted(texts)
 
 
-def test_what_cannot_be_read_is_skipped_counted_and_named(tmp_path, capsys):
+def test_documents_that_cannot_be_read_are_skipped_counted_and_named(tmp_path, capsys):
     folder = tmp_path / "mixed"
     folder.mkdir()
-    (folder / "b.txt").write_text(story(300), encoding="utf-8")
     (folder / "a.txt").write_bytes(story(300, seed=1).encode() + b"\xe9t\xe9")
+    (folder / "b.txt").write_text(story(300), encoding="utf-8")
     (folder / "c.jsonl").write_text('{"text": null}\n{"text"\n{"text": "fine"}', encoding="utf-8")
     (folder / "d.png").write_bytes(b"\x89PNG\0")
     (folder / "e.json").write_text("[" * 100_000, encoding="utf-8")
     prepare_data.main([str(folder), f"--out={tmp_path}/data"])
-    out = capsys.readouterr().out
-    assert "read 5 files; skipped 5 " in out
-    assert "a.txt" in out.split("the first: ")[1]
-    meta = prepare_data.open_data(tmp_path / "data")
-    assert sum(split["documents"] for split in meta["splits"].values()) == 3
+    assert re.search("read 5 files; skipped 5 .* the first: .*a.txt", capsys.readouterr().out)
+    found = documents_in(prepare_data.open_data(tmp_path / "data"))
+    whole = found["train"][0] + found["val"][0]
+    assert whole == clean(story(300))
+    assert found["train"][1:] + found["val"][1:] == ["fine"]
 
 
 BAD_INPUTS = {  # file: (content, what the error must name)
-    "empty.txt": (b"", "too little text"),
     "blank.txt": (b" \n\n\t", "too little text"),
     "binary.txt": (b"a\0b", "binary.txt.*binary"),
     "latin.txt": ("café".encode("latin-1"), "latin.txt.*position 3.*iconv"),
@@ -596,63 +539,54 @@ def test_missing_input_is_refused_with_the_reason(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text(story(200), encoding="utf-8")
     os.mkfifo(tmp_path / "pipe")
-    for name, message in {"gone.txt": "no such file", "empty": "no files", "pipe": "pipe"}.items():
-        with pytest.raises(ValueError, match=message):
-            prepare_data.main([f"{tmp_path}/{name}"])
-    with pytest.raises(ValueError, match="gpt9.*gpt2"):
-        prepare_data.main([f"{tmp_path}/a.txt", "--tokenizer=gpt9"])
     monkeypatch.setattr("requests.get", lambda url: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    with pytest.raises(ValueError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer=bpe"):
-        prepare_data.main([f"{tmp_path}/a.txt", "--tokenizer=r50k_base"])
+    for flags, message in [
+        (["gone.txt"], "no such file"),
+        (["empty"], "no files"),
+        (["pipe"], "pipe"),
+        (["a.txt", "--tokenizer=gpt9"], "gpt9.*gpt2"),
+        (["a.txt", "--tokenizer=r50k_base"], r"TIKTOKEN_CACHE_DIR.*--tokenizer=bpe"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prepare_data.main(flags)
 
 
 def test_a_page_is_downloaded_once_and_kept(tmp_path):
-    page, lines = (b"<html><p>hello</p>", {}), (b'{"text": "one"}', {})
-    with web_server({"/page": page, "/a.jsonl?raw=true": lines}) as (url, asked):
+    (tmp_path / "page").write_text("<html><p>hello</p>")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    with web_server(tmp_path) as (url, asked):
         for _ in range(2):
-            assert [clean(text) for text in documents_of(f"{url}/page")] == ["hello"]
+            assert documents_of(f"{url}/page", f"{url}/a.jsonl?raw=true") == ["hello", "one"]
         with pytest.raises(ValueError, match="404"):
             documents_of(f"{url}/nothing")
-        assert documents_of(f"{url}/a.jsonl?raw=true") == ["one"]
-    assert len(asked) == 3
-    assert len(list((tmp_path / "downloads").iterdir())) == 2
+    assert asked == ["/page", "/a.jsonl?raw=true", "/nothing"]
 
 
 # --- the data folder ------------------------------------------------------------------------------
 
 
-def read_split(meta, split):
-    return np.concatenate(meta["splits"][split]["arrays"])
-
-
-def test_shards_hold_the_whole_text_and_an_end_token(tmp_path, monkeypatch):
+def test_shards_hold_the_whole_text_in_the_order_of_its_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 100)
-    text = clean("<|endoftext|>".join(story(100, seed=i) for i in range(30)))
-    meta = prepare(tmp_path / "data", text)
+    texts = [clean(story(100, seed=i)) for i in range(30)]
+    meta = prepare(tmp_path / "data", "<|endoftext|>".join(texts))
     assert len(meta["splits"]["train"]["shards"]) > 3
-    tokenizer, texts = build_tokenizer(meta["tokenizer"]), []
-    for split in ("train", "val"):
-        ids = read_split(meta, split).tolist()
-        assert ids[-1] == meta["eot_token"]
-        texts.append(tokenizer.decode(ids).split("<|endoftext|>")[:-1])
-    whole = [start + end for start, end in zip(*texts)]  # every document gave its last tenth
-    assert whole == list(map(clean, text.split("<|endoftext|>")))
-    assert abs(meta["splits"]["val"]["bytes"] / len(text) - 0.1) < 0.02
+    found = documents_in(meta)
+    # each is more than 1/200 of the text and gives its last tenth
+    assert [start + end for start, end in zip(found["train"], found["val"])] == texts
+    assert abs(meta["splits"]["val"]["bytes"] / len("".join(texts)) - 0.1) < 0.02
 
 
 def test_documents_keep_to_one_split_and_duplicates_are_dropped(tmp_path, capsys):
-    documents = [f"{story(30, seed=i)} {i}" for i in range(300)]
+    documents = [f"{clean(story(30, seed=i))} {i}é" for i in range(300)]
     rows = [{"text": document} for document in documents + documents[:50]]
     write_rows(tmp_path / "a.jsonl", rows)
     prepare_data.main([f"{tmp_path}/a.jsonl", f"--out={tmp_path}/data"])
     assert "50 duplicates" in capsys.readouterr().out
     meta = prepare_data.open_data(tmp_path / "data")
-    tokenizer = build_tokenizer(meta["tokenizer"])
-    texts = {s: tokenizer.decode(read_split(meta, s)) for s in ("train", "val")}
-    found = {s: t.split("<|endoftext|>")[:-1] for s, t in texts.items()}
-    assert sorted(found["train"] + found["val"]) == sorted(map(clean, documents))
+    found = documents_in(meta)
+    assert sorted(found["train"] + found["val"]) == sorted(documents)
     assert 10 < len(found["val"]) < 60
     for split, stats in meta["splits"].items():
         assert stats["documents"] == len(found[split])
@@ -660,88 +594,95 @@ def test_documents_keep_to_one_split_and_duplicates_are_dropped(tmp_path, capsys
 
 
 def test_a_novel_among_notes_gives_its_last_tenth(tmp_path):
-    notes = [f"{story(10, seed=i)} {i}" for i in range(299)]
-    novel = story(5000, seed=999)
-    meta = prepare(tmp_path / "data", "<|endoftext|>".join([*notes, novel]))
-    val = build_tokenizer(meta["tokenizer"]).decode(read_split(meta, "val"))
-    assert clean(novel)[-500:] in val
-    assert len(val) < 0.2 * (len(novel) + sum(map(len, notes)))
+    notes, novel = [f"note {i}" for i in range(299)], clean(story(5000))
+    for seed in range(3):  # wherever its hash may fall
+        text = novel + f" {seed}"
+        found = documents_in(prepare(tmp_path / "data", "<|endoftext|>".join([*notes, text])))
+        (end,) = (document for document in found["val"] if "note" not in document)
+        assert text.endswith(end)
+        assert 0.09 < len(end) / len(text) < 0.11
 
 
 def test_held_out_text_does_not_choose_the_tokens(tmp_path):
     text = story(1000) + " xyzzy" * 100  # all of these lie in the last tenth
-    tokens = prepare(tmp_path / "data", text)["tokenizer"]["tokens"]
-    assert not any("xy" in token for token in tokens)
-    assert len(tokens) > 256
+    learned = prepare(tmp_path / "data", text)["tokenizer"]["tokens"][256:]
+    assert learned
+    assert not any("xy" in token for token in learned)
 
 
-def test_a_sample_for_the_bpe_is_spread_over_all_text(monkeypatch):
+def test_a_sample_for_the_bpe_is_spread_over_the_training_text(monkeypatch):
     counted = []
     monkeypatch.setattr(prepare_data, "train_bpe", lambda texts, n: counted.extend(texts) or {})
-    documents = [("train", story(100, seed=i)) for i in range(400)] + [("val", "no")]
-    size = sum(len(text) for _, text in documents)
+    texts = [story(100, seed=i) for i in range(400)]
+    size = len("".join(texts))
     config = prepare_data.PrepareConfig(bpe_sample_mb=size / 5e6)
+    documents = [("train", text) for text in texts] + [("val", f"no {i}") for i in range(50)]
     prepare_data.train_tokenizer(documents, size, config)
-    assert 0.1 < len(counted) / 400 < 0.3
-    assert {text for _, text in documents[:200]} & set(counted)
-    assert {text for _, text in documents[200:]} & set(counted)
-    assert "no" not in counted
+    assert 50 < len(counted) < 110
+    assert set(counted) <= set(texts)
+    assert set(counted) & set(texts[:100]) and set(counted) & set(texts[300:])
 
 
 def test_the_manual_is_held_out_by_module(monkeypatch):
     entries = [(f"m{i}", f"m{i}.f{j}", f"Text {i} {j}.") for i in range(60) for j in range(2)]
     monkeypatch.setattr(prepare_data, "library_docstrings", lambda: entries)
-    config, counts = prepare_data.PrepareConfig(), prepare_data.collections.Counter()
-    pages = list(prepare_data.split_documents([], config, None, counts))
+    config, dropped = prepare_data.PrepareConfig(), collections.Counter()
+    pages = list(prepare_data.split_documents([], config, None, dropped))
     for module in {module for module, _, _ in entries}:
         (split,) = {split for split, text in pages if f"# {module}.f" in text}
         assert split == ("val" if prepare_data.position(module) < 0.2 else "train")
 
 
-def test_a_tokenizer_can_be_taken_from_an_earlier_folder(data_folder, tmp_path):
-    meta = prepare(tmp_path / "b", story(500, seed=9), f"--tokenizer={data_folder}")
-    assert meta["tokenizer"] == prepare_data.open_data(data_folder)["tokenizer"]
+@pytest.mark.parametrize("n, dtype", [(65_536, "uint16"), (65_537, "uint32")])
+def test_a_vocabulary_above_65536_takes_four_bytes_a_token(n, dtype, tmp_path):
+    learned = [*map(chr, range(256)), *(f"{i:06}" for i in range(n - 257))]
+    spec = {"name": "bpe", "tokens": learned, "special_tokens": ["<|endoftext|>"]}
+    documents = [("train", "a"), ("val", "b")]
+    prepare_data.write_shards(documents, build_tokenizer(spec), tmp_path)
+    shard = np.load(tmp_path / "val_00000.npy.tmp")
+    assert shard.dtype.name == dtype
+    assert shard.tolist() == [98, n - 1]
 
 
-def test_a_vocabulary_above_65536_takes_four_bytes_a_token(tmp_path):
-    for n, dtype in {65_536: "uint16", 65_537: "uint32"}.items():
-        tokens = [bytes([b]).decode("latin-1") for b in range(256)]
-        tokens += [f"{i:06}" for i in range(n - 257)]
-        spec = {"name": "bpe", "tokens": tokens, "special_tokens": ["<|endoftext|>"]}
-        documents = [("train", "a"), ("val", "b")]
-        meta = prepare_data.write_shards(documents, build_tokenizer(spec), tmp_path)
-        assert meta["dtype"] == dtype == np.load(tmp_path / "train_00000.npy.tmp").dtype.name
-        assert np.load(tmp_path / "val_00000.npy.tmp").tolist() == [98, n - 1]
-
-
-def test_preparing_anew_replaces_only_its_own_files(tmp_path):
+def test_preparing_anew_replaces_its_own_files_and_no_others(tmp_path, monkeypatch):
     folder = tmp_path / "data"
+    folder.mkdir()
+    others = {"instruct.jsonl", ".gitignore", "train_0.npy", "x.npy", "inner.txt"}
+    for name in others:
+        (folder / name).write_text("mine")
     prepare(folder / "inner", story(300))
-    others = {"instruct.jsonl": "mine", ".gitignore": "*", "train_0.npy": "mine", "x.npy": "mine"}
-    for name, text in others.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    for seed in (1, 2):
-        prepare(folder, story(300, seed=seed))
-    for name, text in others.items():
-        assert (folder / name).read_text(encoding="utf-8") == text
+    inode = folder.stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "SHARD_TOKENS", 100)
+        assert len(prepare(folder, story(2000))["splits"]["train"]["shards"]) > 1
+    prepare(folder, story(300))
+    assert folder.stat().st_ino == inode  # the folder may be a mount point
+    assert all((folder / name).read_text() for name in others)
     prepare_data.open_data(folder / "inner")
-    ours = {"meta.json", "train_00000.npy", "val_00000.npy", ".lock", "inner", "inner.txt"}
-    assert {path.name for path in folder.iterdir()} == ours | others.keys()
+    ours = {"meta.json", "train_00000.npy", "val_00000.npy", ".lock", "inner"}
+    assert {path.name for path in folder.iterdir()} == ours | others
 
 
-def test_a_meta_json_of_others_is_never_replaced(tmp_path):
-    for text in ("{}", '{"splits": {"train": {"shards": ["../a.txt"]}}}', "[1]"):
-        (tmp_path / "site").mkdir(exist_ok=True)
-        (tmp_path / "site" / "meta.json").write_text(text, encoding="utf-8")
-        with contextlib.suppress(ValueError):
-            prepare(tmp_path / "site", story(300))
-        with pytest.raises(ValueError, match="meta.json"):
-            prepare_data.old_shards(tmp_path / "site") if "splits" not in text else refuse()
-    assert (tmp_path / "site.txt").exists()
+@pytest.mark.parametrize("text", ["{}", "[1]", "not JSON"])
+def test_a_meta_json_of_others_is_never_replaced(text, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match="meta.json"):
+        prepare(tmp_path / "site", story(300))
+    assert (tmp_path / "site" / "meta.json").read_text() == text
 
 
-def refuse():
-    raise ValueError("meta.json")
+def test_shards_of_others_are_neither_read_nor_removed(data_folder, tmp_path):
+    prepare(tmp_path / "data", story(300))
+    shutil.copy(data_folder / "train_00000.npy", tmp_path)
+    path = tmp_path / "data" / "meta.json"
+    path.write_text(path.read_text().replace('"train_0', '"../train_0'))
+    with pytest.raises(ValueError, match="shards outside"):
+        prepare_data.open_data(tmp_path / "data")
+    prepare(tmp_path / "data", story(300))
+    shutil.move(tmp_path / "train_00000.npy", tmp_path / "data" / "train_00000.npy")
+    with pytest.raises(ValueError, match="the shards are not what meta.json says"):
+        prepare_data.open_data(tmp_path / "data")
 
 
 def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(tmp_path, monkeypatch):
@@ -757,70 +698,75 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(tmp_path, mo
 
         return count_down
 
-    left = [0]
-    operations = [(os, "replace"), (pathlib.Path, "replace"), (pathlib.Path, "unlink")]
-    metas = [prepare(tmp_path / "data", story(300, seed=seed)) for seed in (1, 2)]
-    whole = {meta["digest"] for meta in metas}
-    for n in range(20):
+    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 150)
+    texts, left = [story(n, seed=n) for n in (300, 400)], [0]
+    whole = [documents_in(prepare(tmp_path / "data", text)) for text in texts]
+    for n in range(40):
         left[0] = n
-        with monkeypatch.context() as patch:
-            for owner, name in operations:
-                patch.setattr(owner, name, counted(getattr(owner, name)))
-            with contextlib.suppress(Killed):
-                prepare(tmp_path / "data", story(300, seed=1 + n % 2))
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for owner in (os, pathlib.Path):
+                for name in ("replace", "unlink"):
+                    patch.setattr(owner, name, counted(getattr(owner, name)))
+            prepare(tmp_path / "data", texts[n % 2])
         try:
-            assert prepare_data.open_data(tmp_path / "data")["digest"] in whole
+            assert documents_in(prepare_data.open_data(tmp_path / "data")) in whole
         except FileNotFoundError as error:
             assert "prepare_data.py" in str(error)
-        assert prepare(tmp_path / "data", story(300, seed=1))["digest"] == metas[0]["digest"]
-    assert left[0] > 0  # the last round was not killed
+        if left[0] >= 0:  # all operations were done
+            return
+        assert documents_in(prepare(tmp_path / "data", texts[0])) == whole[0]
+    raise AssertionError("there are more operations than this test counts")
 
 
 def test_the_default_data_is_made_only_in_an_empty_place(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(prepare_data, "main", made.append)
-    for visible in (None, ".lock", "train_00000.npy"):
-        if visible:
+    (tmp_path / "book.txt").touch()
+    for data, file, is_made in [
+        ("data", None, True),
+        ("data", "data/.lock", True),
+        ("data", "data/train_00000.npy", False),
+        ("book.txt", None, False),
+    ]:
+        if file:
             (tmp_path / "data").mkdir(exist_ok=True)
-            (tmp_path / "data" / visible).touch()
-        with pytest.raises(FileNotFoundError, match="prepare_data.py"):
-            train.load_data("data")
-        assert len(made) == (2 if visible == "train_00000.npy" else 1 + (visible == ".lock"))
-    with pytest.raises(FileNotFoundError, match=r"book.txt --out=data/NAME"):
-        (tmp_path / "book.txt").touch()
-        train.load_data("book.txt")
+            (tmp_path / file).touch()
+        with pytest.raises(FileNotFoundError, match=r"prepare_data.py \S+ --out="):
+            train.load_data(data)
+        assert bool(made) == is_made
+        made.clear()
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
 def test_every_window_comes_once_an_epoch_and_none_crosses_a_shard():
-    shards = [np.arange(0, 37), np.arange(37, 45), np.arange(45, 129), np.arange(129, 139)]
+    ends = [37, 45, 129, 139]
+    shards = [np.arange(start, end) for start, end in itertools.pairwise([0, *ends])]
     windows = train.Windows(shards, block_size=8, vocab_size=139, seed=3)
     assert windows.per_epoch == 3 + 0 + 9 + 1
-    firsts = []
+    epochs = []
     for epoch in range(3):
         idx, targets = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
         assert torch.equal(targets, idx + 1)
-        shard = np.searchsorted([37, 45, 129, 139], idx, side="right")
-        assert (shard == np.searchsorted([37, 45, 129, 139], targets, side="right")).all()
+        shard_of = lambda ids: np.searchsorted(ends, ids.numpy(), side="right")
+        assert (shard_of(idx) == shard_of(targets)).all()
         assert len(set(targets.flatten().tolist())) == targets.numel()  # none is a target twice
-        firsts.append(idx[:, 0].tolist())
-    assert firsts[0] != firsts[1] != firsts[2]
-    assert sorted(firsts[0]) != sorted(firsts[1])  # epochs differ in their phase, too
+        epochs.append(idx[:, 0].tolist())
+    assert epochs[0] != sorted(epochs[0])
+    assert sorted(epochs[0]) != sorted(epochs[1])  # epochs differ in their phase, too
 
 
 def test_windows_are_a_function_of_seed_and_number():
-    shards = [np.arange(100)]
-    batches = [
-        torch.cat([windows.batch(first, size)[0] for first in range(0, 36, size)])
-        for size, windows in ((s, train.Windows(shards, 8, 100, seed=3)) for s in (1, 12))
-    ]
-    assert torch.equal(*batches)
-    other = train.Windows(shards, 8, 100, seed=4).batch(0, 36)[0]
-    assert not torch.equal(batches[0], other)
+    def first_36(seed, size):
+        windows = train.Windows([np.arange(100)], 8, 100, seed)
+        return torch.cat([windows.batch(n, size)[0] for n in range(0, 36, size)])
+
+    assert torch.equal(first_36(3, 1), first_36(3, 12))
+    assert not torch.equal(first_36(3, 12), first_36(4, 12))
+    train.Windows([np.full(100, 7)], 8, vocab_size=8).batch(0, 1)
     with pytest.raises(ValueError, match="shard is damaged"):
-        train.Windows(shards, 8, 50).batch(0, 11)
+        train.Windows([np.full(100, 8)], 8, vocab_size=8).batch(0, 1)
 
 
 def test_a_resumed_run_repeats_no_window_whatever_its_accumulation(
@@ -834,8 +780,7 @@ def test_a_resumed_run_repeats_no_window_whatever_its_accumulation(
 
     monkeypatch.setattr(train.Windows, "batch", record)
     run_training(data_folder, tmp_path, "--max_iters=4", "--gradient_accumulation_steps=3")
-    resume = ["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=6", "--batch_size=2"]
-    train.main([*resume, "--gradient_accumulation_steps=1"])
+    resume(tmp_path, "--max_iters=6", "--batch_size=2", "--gradient_accumulation_steps=1")
     assert numbers == list(range(4 * 3 * 4 + 2 * 2))
 
 
@@ -844,24 +789,24 @@ def test_accumulated_micro_batches_are_one_large_batch(data_folder, tmp_path):
     for k in (1, 4):
         batch = [f"--batch_size={8 // k}", f"--gradient_accumulation_steps={k}", "--dropout=0"]
         weights.append(run_training(data_folder, tmp_path / str(k), *batch)["model"])
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-5)
+    assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
 def test_logging_and_evaluating_more_often_changes_no_weight(data_folder, tmp_path):
-    seldom = run_training(data_folder, tmp_path / "a", "--eval_interval=20", "--log_interval=20")
-    often = run_training(data_folder, tmp_path / "b", "--eval_interval=1", "--log_interval=1")
-    assert_equal(seldom["model"], often["model"])
+    weights = []
+    for n in ("20", "1"):
+        flags = [f"--eval_interval={n}", f"--log_interval={n}"]
+        weights.append(run_training(data_folder, tmp_path / n, *flags)["model"])
+    assert_equal(*weights)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():
     config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100)
     rates = [train.learning_rate_at(step, config) for step in range(120)]
-    assert rates[0] > 0
+    assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == 1.0 == max(rates)
-    assert rates[99] == pytest.approx(0.1)
     assert rates[98] > 0.1
-    assert rates[119] == pytest.approx(0.1)
+    assert rates[99:] == pytest.approx([0.1] * 21)
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     for warmup in (0, 99, 100, 200):  # nothing is divided by zero
@@ -870,20 +815,26 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():
 
 
 def test_weight_decay_is_on_matrices_alone_and_scales_multiply_the_rate(data_folder, tmp_path):
-    optimizer = train.configure_optimizer(tiny_model(), 1e-3, 0.1, (0.9, 0.95), {"wte.weight": 20})
-    model = tiny_model()
-    groups = train.configure_optimizer(model, 1e-3, 0.1, (0.9, 0.95), {"wte.weight": 20})
-    found = [p for group in groups.param_groups for p in group["params"]]
-    assert {id(p) for p in found} == {id(p) for p in model.parameters()}
-    for group in groups.param_groups:
+    model, seen = tiny_model(), 0
+    optimizer = train.configure_optimizer(model, 1e-3, 0.1, (0.9, 0.95), {"wte.weight": 20})
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.1 if parameter.dim() == 2 else 0.0)
-            scale = 20 if parameter is model.transformer.wte.weight else 1
-            assert group["lr_scale"] == scale and group["lr"] == pytest.approx(scale * 1e-3)
-    assert len(optimizer.param_groups) == 3
-    last = run_training(data_folder, tmp_path, "--max_iters=5", "--warmup_iters=0", "--min_lr=0.1")
+            assert group["lr_scale"] == (20 if parameter is model.transformer.wte.weight else 1)
+            seen += parameter.numel()
+    assert seen == sum(parameter.numel() for parameter in model.parameters())
+    flags = ["--max_iters=1", "--warmup_iters=0", "--learning_rate=0.01", "--min_lr=0.01"]
+    last = run_training(data_folder, tmp_path, *flags)
     rates = {group["lr_scale"]: group["lr"] for group in last["optimizer"]["param_groups"]}
-    assert rates == {scale: pytest.approx(2e-3 * scale) for scale in (1, 4, 20)}
+    assert rates == {scale: pytest.approx(0.01 * scale) for scale in (1, 4, 20)}
+
+
+def test_the_gradient_is_clipped_to_its_limit(data_folder, tmp_path):
+    flags = ["--max_iters=1", "--beta1=0", "--grad_clip=0.001"]
+    moments = run_training(data_folder, tmp_path, *flags)["optimizer"]["state"].values()
+    clipped = sum(moment["exp_avg"].square().sum() for moment in moments).sqrt()
+    assert clipped.item() == pytest.approx(0.001, rel=0.01)
+    assert column(tmp_path, "grad_norm")[0] > 0.01  # before
 
 
 def test_every_step_is_counted_and_the_last_one_evaluated(data_folder, tmp_path):
@@ -897,18 +848,21 @@ def test_every_step_is_counted_and_the_last_one_evaluated(data_folder, tmp_path)
     assert len(losses) == 3
     assert last["state"]["best_val_loss"] == min(losses)
     assert column(tmp_path, "val_perplexity") == pytest.approx(list(map(math.exp, losses)))
-
-
-def test_bits_per_byte_are_those_of_the_text(data_folder, tmp_path):
-    run_training(data_folder, tmp_path, "--max_iters=1")
     val = prepare_data.open_data(data_folder)["splits"]["val"]
-    bits = column(tmp_path, "val_loss")[0] / math.log(2) * val["tokens"]
+    bits = losses[0] / math.log(2) * val["tokens"]
     assert column(tmp_path, "val_bpb")[0] == pytest.approx(bits / val["bytes"])
-
-
-def test_a_perplexity_too_large_for_a_float_is_infinite():
     assert train.perplexity(1e4) == math.inf
-    assert train.perplexity(math.log(7)) == pytest.approx(7)
+
+
+def test_evaluation_reads_evenly_spaced_windows(data_folder, base, monkeypatch):
+    numbers, read = [], train.Windows.read
+    record = lambda self, windows: numbers.extend(windows) or read(self, windows)
+    monkeypatch.setattr(train.Windows, "read", record)
+    train.main([f"--data={data_folder}", f"--init_from={base}", *SMALL, "--eval_only"])
+    val = prepare_data.open_data(data_folder)["splits"]["val"]
+    last = train.Windows(val["arrays"], 16, 284).per_epoch - 1
+    assert numbers == pytest.approx(np.linspace(0, last, 3 * 4), abs=1)
+    assert numbers[-1] == last
 
 
 def test_training_learns_and_sample_writes(data_folder, tmp_path, capsys):
@@ -926,46 +880,45 @@ def test_training_learns_and_sample_writes(data_folder, tmp_path, capsys):
 def test_training_stops_when_patience_has_run_out_and_keeps_the_best(data_folder, tmp_path):
     flags = ["--patience=2", "--learning_rate=0", "--max_iters=90"]
     assert run_training(data_folder, tmp_path, *flags)["state"]["step"] == 30  # after 10, 20, 30
-    train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--patience=4"])
-    assert load_checkpoint(tmp_path / "last.pt")["state"]["step"] == 50
+    assert resume(tmp_path, "--patience=4")["state"]["step"] == 50
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 10
 
 
 def test_training_can_begin_with_another_runs_weights(data_folder, tmp_path, capsys):
-    first = run_training(data_folder, tmp_path / "a", "--eval_interval=5")
+    first = run_training(data_folder, tmp_path / "a")
+    use = f"--init_from={tmp_path}/a"
     capsys.readouterr()
-    use = [f"--data={data_folder}", f"--init_from={tmp_path / 'a'}", "--dtype=float32"]
-    train.main([*use, "--eval_only", "--eval_iters=3", "--batch_size=4"])
+    train.main([f"--data={data_folder}", use, *SMALL, "--eval_only"])
     assert f"{first['state']['best_val_loss']:.4f}" in capsys.readouterr().out
-    second = run_training(data_folder, tmp_path / "b", f"--init_from={tmp_path / 'a'}")
+    second = run_training(data_folder, tmp_path / "b", use)
     assert second["state"]["best_val_loss"] < first["state"]["best_val_loss"]
 
 
 def test_an_earlier_run_is_moved_aside_by_the_first_save_of_the_next(data_folder, tmp_path):
-    first = run_training(data_folder, tmp_path)
+    first = run_training(data_folder, tmp_path)["model"]
     for _ in range(2):  # runs that never save
         with pytest.raises(ValueError, match="stopped at step"):
             run_training(data_folder, tmp_path, "--learning_rate=1e30", "--grad_clip=0")
-        assert_equal(first["model"], load_checkpoint(tmp_path / "last.pt")["model"])
+        assert_equal(first, load_checkpoint(tmp_path / "last.pt")["model"])
     run_training(data_folder, tmp_path, "--seed=2", "--max_iters=5")
-    assert_equal(first["model"], load_checkpoint(tmp_path / "previous" / "last.pt")["model"])
-    assert load_checkpoint(tmp_path / "last.pt")["state"]["step"] == 5
-    train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=9"])
-    assert_equal(first["model"], load_checkpoint(tmp_path / "previous" / "last.pt")["model"])
+    assert resume(tmp_path, "--max_iters=9")["state"]["step"] == 9
+    assert_equal(first, load_checkpoint(tmp_path / "previous" / "last.pt")["model"])
 
 
 def test_a_resumed_run_keeps_the_dtype_that_it_began_with(data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "pick_dtype", lambda device: torch.bfloat16)
-    flags = [flag for flag in SMALL if "dtype" not in flag]
-    train.main([f"--data={data_folder}", f"--out_dir={tmp_path}", *flags])
+    run_training(data_folder, tmp_path, "--dtype=")
     monkeypatch.setattr(train, "pick_dtype", lambda device: torch.float32)
-    train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=25"])
-    assert load_checkpoint(tmp_path / "last.pt")["run_config"]["dtype"] == "bfloat16"
+    assert resume(tmp_path, "--max_iters=25")["run_config"]["dtype"] == "bfloat16"
+
+
+def assert_same_run(a, b):
+    assert_equal([a["model"], a["optimizer"]], [b["model"], b["optimizer"]])
+    assert a["state"]["best_val_loss"] == b["state"]["best_val_loss"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_finish_and_saves(number, data_folder, tmp_path, monkeypatch):
-    whole = run_training(data_folder, tmp_path / "whole")
     updates = train.Pretraining.updates
 
     def updates_and_kill(task, state):
@@ -978,11 +931,7 @@ def test_a_signal_lets_the_step_finish_and_saves(number, data_folder, tmp_path, 
         run_training(data_folder, tmp_path / "parts")
     assert stopped.value.code == 128 + number
     assert load_checkpoint(tmp_path / "parts" / "last.pt")["state"]["step"] == 7
-    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}"])
-    parts = load_checkpoint(tmp_path / "parts" / "last.pt")
-    for part in ("model", "optimizer"):
-        assert_equal(whole[part], parts[part])
-    assert whole["state"]["best_val_loss"] == parts["state"]["best_val_loss"]
+    assert_same_run(resume(tmp_path / "parts"), run_training(data_folder, tmp_path / "whole"))
 
 
 def test_a_killed_run_resumes_to_the_same_bits(data_folder, tmp_path):
@@ -992,10 +941,7 @@ def test_a_killed_run_resumes_to_the_same_bits(data_folder, tmp_path):
     run.kill()
     run.wait()
     assert load_checkpoint(out / "last.pt")["state"]["step"] < 60
-    train.main(["--init_from=resume", f"--out_dir={out}"])
-    killed, whole = load_checkpoint(out / "last.pt"), run_training(data_folder, tmp_path, *flags)
-    for part in ("model", "optimizer"):
-        assert_equal(whole[part], killed[part])
+    assert_same_run(resume(out), run_training(data_folder, tmp_path, *flags))
 
 
 def test_two_processes_train_as_one_until_a_signal_stops_both_and_one_continues(
@@ -1011,47 +957,47 @@ def test_two_processes_train_as_one_until_a_signal_stops_both_and_one_continues(
     wait_for(run, (two / "metrics.csv").exists)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) != 0
-    steps = load_checkpoint(two / "last.pt")["state"]["step"]
-    last = f"--max_iters={steps + 10}"
-    train.main(["--init_from=resume", f"--out_dir={two}", last, "--gradient_accumulation_steps=2"])
+    last = f"--max_iters={load_checkpoint(two / 'last.pt')['state']['step'] + 10}"
+    weights = resume(two, last, "--gradient_accumulation_steps=2")["model"]
     train.main([*flags, f"--out_dir={one}", last, "--batch_size=8"])
     for name in ("train_loss", "val_loss"):
         assert column(one, name) == pytest.approx(column(two, name), abs=1e-4)
-    for name, weight in load_checkpoint(one / "last.pt")["model"].items():
-        torch.testing.assert_close(
-            weight, load_checkpoint(two / "last.pt")["model"][name], atol=1e-4, rtol=0
-        )
+    assert_close(load_checkpoint(one / "last.pt")["model"], weights, atol=1e-4, rtol=0)
 
 
 def test_a_run_begins_with_four_lines_about_its_size(data_folder, tmp_path, capsys):
     run_training(data_folder, tmp_path, "--max_iters=2")
     lines = capsys.readouterr().out.splitlines()
-    model = GPT.from_pretrained(tmp_path)
-    assert lines[0].startswith(f"{model.num_params():,} parameters")
-    windows = train.Windows(
-        prepare_data.open_data(data_folder)["splits"]["train"]["arrays"], 16, 284
-    )
-    assert lines[1] == f"128 tokens of training: {2 * 4 / windows.per_epoch:.1f} epochs"
+    weights = {name: w.numel() for name, w in GPT.from_pretrained(tmp_path).named_parameters()}
+    total = sum(weights.values()) - weights["transformer.wpe.weight"]
+    n_tokens = 2 * 4 * 16
     # forward and backward: 6 operations for each weight in a product, and attention's products
-    products = sum(p.numel() for name, p in model.named_parameters() if "wte" not in name)
-    flops = 6 * (products - model.transformer.wpe.weight.numel()) + 12 * 16 * 16
-    assert f"{flops:,} a token" in lines[2]
-    assert lines[3].startswith(f"{128 / model.num_params():.1f} tokens a parameter")
+    flops = 6 * (total - weights["transformer.wte.weight"]) + 12 * 16 * 16
+    train_split = prepare_data.open_data(data_folder)["splits"]["train"]
+    epochs = n_tokens / train_split["tokens"]
+    assert lines[0].startswith(f"{total:,} parameters")
+    assert lines[1] == f"{n_tokens} tokens of training: {epochs:.1f} epochs"
+    assert f"{flops:,} " in lines[2]
+    assert lines[3].startswith(f"{n_tokens / total:.1f} tokens ")
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
 def test_progress_is_one_line_on_a_terminal_and_many_in_a_pipe(
-    data_folder, tmp_path, capsys, monkeypatch
+    is_terminal, data_folder, tmp_path, capsys, monkeypatch
 ):
-    for is_terminal in (False, True):
-        monkeypatch.setattr("sys.stdout.isatty", lambda t=is_terminal: t, raising=False)
-        out = tmp_path / str(is_terminal)
-        run_training(data_folder, out, "--log_interval=2", "--max_iters=8")
-        shown = capsys.readouterr().out
-        assert shown.count("step ") == 4
-        assert len(re.findall(r"step +\d.*?\r", shown)) == 3 * is_terminal
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
+    run_training(data_folder, tmp_path, "--log_interval=2", "--max_iters=8")
+    shown = capsys.readouterr().out
+    assert shown.count("step ") == 4
+    assert len(re.findall(r"step +\d.*?\r", shown)) == 3 * is_terminal
 
 
 # --- sampling -------------------------------------------------------------------------------------
+
+
+def load_for_sampling(path):
+    """-> model, tokenizer, checkpoint."""
+    return sample.load_model(sample.SampleConfig(init_from=str(path), device="cpu"))
 
 
 def test_the_same_seed_writes_the_same_samples_all_of_them_different(base, capsys):
@@ -1069,55 +1015,52 @@ def test_tokens_that_only_pad_the_vocabulary_are_never_sampled(base, tmp_path):
     model = GPT.from_checkpoint(checkpoint)
     known = model.config.vocab_size
     model.resize(vocab_size=known + 44)
-    with torch.no_grad():
-        model.lm_head.weight[known:] = 100 * model.lm_head.weight[:44]
+    model.lm_head.weight.data[known:] = 100 * model.lm_head.weight[:44]
     gpt.save_checkpoint(tmp_path / "best.pt", {**checkpoint, **model.checkpoint()})
     assert model(tokens(4, 8)).argmax(-1).max() >= known
-    cropped, _, _ = sample.load_model(sample.SampleConfig(init_from=str(tmp_path), device="cpu"))
-    assert cropped(tokens(4, 8)).size(-1) == known
+    assert load_for_sampling(tmp_path)[0](tokens(4, 8)).size(-1) == known
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_complete(base, capsys, monkeypatch):
-    config = sample.SampleConfig(init_from=str(base), device="cpu")
-    model, tokenizer, _ = sample.load_model(config)
+    model, tokenizer, _ = load_for_sampling(base)
     written = [*"漢a😀".encode(), 0xFF, tokenizer.eot_token]  # bytes are the first tokens
-    steps = [torch.tensor([token]) for token in written]
-    monkeypatch.setattr(model, "generate", lambda *args: iter(steps))
-    texts, count = sample.write(model, tokenizer, [1], config, None)
+    monkeypatch.setattr(model, "generate", lambda *args: (torch.tensor([t]) for t in written))
+    texts, count = sample.write(model, tokenizer, [1], sample.SampleConfig(), None)
     assert texts == ["漢a😀�"]
     assert capsys.readouterr().out == "漢a😀�\n"
     assert count == len(written) - 1
 
 
-def test_large_models_are_sampled_in_the_fastest_dtype_and_small_ones_in_float32(
-    base, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("n_embd, dtype", [(512, torch.bfloat16), (256, torch.float32)])
+def test_large_models_are_sampled_in_the_fastest_dtype(n_embd, dtype, base, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "pick_dtype", lambda device: torch.bfloat16)
+    model = GPT(GPTConfig(**{**TINY, "n_embd": n_embd, "vocab_size": 284, "n_layer": 1}))
     spec = load_checkpoint(base)["tokenizer"]
-    for n_embd, dtype in {512: torch.bfloat16, 256: torch.float32}.items():
-        wide = GPT(GPTConfig(**{**TINY, "n_embd": n_embd, "vocab_size": 284, "n_layer": 1}))
-        gpt.save_checkpoint(tmp_path / "best.pt", {**wide.checkpoint(), "tokenizer": spec})
-        model, _, _ = sample.load_model(sample.SampleConfig(init_from=str(tmp_path), device="cpu"))
-        assert model.lm_head.weight.dtype == dtype
+    gpt.save_checkpoint(tmp_path / "best.pt", {**model.checkpoint(), "tokenizer": spec})
+    assert load_for_sampling(tmp_path)[0].lm_head.weight.dtype == dtype
 
 
 def test_surprise_is_the_models_own_probability(base, capsys):
-    text = "the cat sees a dog"
+    model, tokenizer, _ = load_for_sampling(base)
+    text = story(50)  # longer than the context: of its tokens, 16 count
+    idx = torch.tensor([[tokenizer.eot_token, *tokenizer.encode(text)[:16]]])
     sample.main([f"--init_from={base}", f"--start={text}", "--surprise", "--device=cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    model, tokenizer, _ = sample.load_model(sample.SampleConfig(init_from=str(base), device="cpu"))
-    idx = torch.tensor([[tokenizer.eot_token, *tokenizer.encode(text)]])
-    loss = model(idx[:, :-1], idx[:, 1:]).item() * (idx.size(1) - 1)
-    assert len(lines) == idx.size(1) + 1  # a heading, a line a token, and the sum
-    assert lines[-1].startswith(f"{loss / math.log(2):.1f} bits in {len(text)} bytes")
-    probability = model(idx)[0, 0].softmax(-1)[idx[0, 1]].item()
-    assert f"{probability:.4f}" in lines[1]
+    _, *lines, summary = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16
+    bits = model(idx[:, :-1], idx[:, 1:]).item() * 16 / math.log(2)
+    n_bytes = len(tokenizer.decode(idx[0, 1:].tolist()))
+    assert summary.startswith(f"{bits:.1f} bits in {n_bytes} bytes")
+    probabilities = model(idx[:, :1])[0, 0].softmax(-1)
+    rank = (probabilities > probabilities[idx[0, 1]]).sum() + 1
+    assert re.search(f"{probabilities[idx[0, 1]]:.4f} +{rank} ", lines[0])
 
 
 def test_pictures_are_drawn_where_there_is_matplotlib(base, tmp_path, data_folder, monkeypatch):
+    from matplotlib.axes import Axes
     from PIL import Image
 
-    draw = [f"--init_from={base}", "--start=the cat sees a dog", f"--attention={tmp_path}/a.png"]
+    text, shown = "the cat sees", []
+    draw = [f"--init_from={base}", f"--start={text}", f"--attention={tmp_path}/a.png"]
     with pytest.raises(ValueError, match="pip install matplotlib"):
         sample.main(draw)
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
@@ -1125,26 +1068,16 @@ def test_pictures_are_drawn_where_there_is_matplotlib(base, tmp_path, data_folde
     sample.main(draw)
     for path in (tmp_path / "a.png", tmp_path / "o" / "loss.png"):
         Image.open(path).load()  # decodes all of it, and fails where something is amiss
-
-
-def test_the_attention_picture_shows_the_weights_that_the_model_uses(base, tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    monkeypatch.delitem(sys.modules, "matplotlib.figure")
-    shown = []
     monkeypatch.setattr(Axes, "imshow", lambda panel, image, **how: shown.append(image))
-    model, tokenizer, _ = sample.load_model(sample.SampleConfig(init_from=str(base), device="cpu"))
-    sample.draw_attention(model, tokenizer, "the cat sees", tmp_path / "a.png")
-    idx = torch.tensor([tokenizer.encode_ordinary("the cat sees")])
-    block = model.transformer.h[0]
+    sample.main(draw)
+    model, tokenizer, _ = load_for_sampling(base)
+    block, idx = model.transformer.h[0], torch.tensor([tokenizer.encode_ordinary(text)])
     x = block.ln_1(model.transformer.wte(idx) + model.transformer.wpe.weight[: idx.size(1)])
-    weights = torch.stack(shown[:2])[None]  # (1, n_head, T, T) of the first layer
-    y = block.attn.c_proj((weights @ block.attn.heads(x)[2]).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(y, block.attn(x))
+    assert_close(torch.stack(shown), gpt.attention_weights(*block.attn.heads(x)[:2])[0])
 
 
 def test_a_conversation_forgets_its_oldest_exchanges_but_not_the_system_prompt(base):
-    _, tokenizer, _ = sample.load_model(sample.SampleConfig(init_from=str(base), device="cpu"))
+    _, tokenizer, _ = load_for_sampling(base)
     system = [{"role": "system", "content": "be kind"}]
     said = [{"role": ("user", "assistant")[i % 2], "content": f"word {i}"} for i in range(5)]
     whole = sample.fitting_prompt(system + said, tokenizer, "roles", 10**6)
@@ -1160,11 +1093,10 @@ def test_a_chat_answers_each_line_but_not_empty_ones(base, capsys, monkeypatch):
     fit = lambda messages, *rest: asked.append([m["content"] for m in messages]) or [1]
     monkeypatch.setattr(sample, "fitting_prompt", fit)
     sample.main([f"--init_from={base}", "--chat", "--max_new_tokens=5", "--system=be kind"])
-    answers = capsys.readouterr().out
-    assert len(asked) == 2
-    assert asked[0] == ["be kind", "the cat"]
-    assert asked[1][:2] == asked[0] and asked[1][3:] == ["the dog"]
-    assert asked[1][2] in answers
+    first, second = asked
+    assert first == ["be kind", "the cat"]
+    assert second[:2] + second[3:] == [*first, "the dog"]
+    assert second[2] in capsys.readouterr().out
 
 
 # --- other people's models ------------------------------------------------------------------------
@@ -1185,13 +1117,11 @@ def test_transformers_computes_the_same_logits(bias, tie_weights, tmp_path):
     model, idx = far_from_new(tiny_model(bias=bias, tie_weights=tie_weights)), tokens(2, 16)
     model.save_pretrained(tmp_path, eos_token_id=49)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-5, rtol=0)
+    assert_close(theirs(idx).logits, model(idx), atol=1e-5, rtol=0)
     assert theirs.config.eos_token_id == 49
-    again = GPT.from_pretrained(tmp_path)
-    assert torch.equal(again(idx), model(idx))
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx), model(idx))
     far_from_new(theirs).save_pretrained(tmp_path)  # also biases that were not there
-    again = GPT.from_pretrained(tmp_path)
-    torch.testing.assert_close(theirs(idx).logits, again(idx), atol=1e-5, rtol=0)
+    assert_close(theirs(idx).logits, GPT.from_pretrained(tmp_path)(idx), atol=1e-5, rtol=0)
 
 
 def test_weights_in_half_precision_and_without_the_prefix_are_read_too(tmp_path):
@@ -1202,27 +1132,23 @@ def test_weights_in_half_precision_and_without_the_prefix_are_read_too(tmp_path)
     # the body alone has no "transformer." before its names, as OpenAI's weights have none
     theirs.transformer.save_pretrained(tmp_path)
     ours, idx = GPT.from_pretrained(tmp_path / "model.safetensors"), tokens(2, 16)
-    torch.testing.assert_close(theirs.float()(idx).logits, ours(idx), atol=1e-5, rtol=0)
+    assert_close(theirs.float()(idx).logits, ours(idx), atol=1e-5, rtol=0)
 
 
 def test_our_safetensors_files_and_the_packages_are_interchangeable(tmp_path):
     import safetensors.torch
 
-    path = tmp_path / "x.safetensors"
-    tensors = {
-        "b": torch.randn(3, 5),
-        "a": torch.randn(2, 2).bfloat16(),
-        "c": torch.randn(7).half(),
-    }
+    path, kinds = tmp_path / "x.safetensors", (torch.half, torch.bfloat16, torch.float32)
+    tensors = {str(kind): torch.randn(3, 5).to(kind) for kind in kinds}
     gpt.write_safetensors(path, tensors)
     assert_equal(safetensors.torch.load_file(path), tensors)
     safetensors.torch.save_file(tensors, path)
-    assert_equal(dict(gpt.read_safetensors(path)), tensors)
+    assert_equal(gpt.read_safetensors(path), tensors)
     data = path.read_bytes()  # one more space in the header, and nothing is aligned
     size = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + size] + b" "
     path.write_bytes((size + 1).to_bytes(8, "little") + header + data[8 + size :])
-    assert_equal(dict(gpt.read_safetensors(path)), tensors)
+    assert_equal(gpt.read_safetensors(path), tensors)
 
 
 def safetensors_file(changes=None, data=b"\0" * 8, length=None):
@@ -1234,14 +1160,11 @@ def safetensors_file(changes=None, data=b"\0" * 8, length=None):
 BAD_SAFETENSORS = {
     "empty": b"",
     "header longer than the file": safetensors_file(length=10**6),
-    "header longer than any file": b"\xff" * 100,
     "data cut off": safetensors_file(data=b"\0" * 7),
     "out of bounds": safetensors_file({"shape": [4], "data_offsets": [0, 16]}),
     "before the file": safetensors_file({"data_offsets": [-(10**6), 0]}),
     "shape and length disagree": safetensors_file({"shape": [3]}),
     "shape that overflows": safetensors_file({"shape": [2**62, 4]}),
-    "negative shape": safetensors_file({"shape": [-3, -2]}),
-    "offsets of another kind": safetensors_file({"data_offsets": ["0", 8]}),
     "not JSON": (8).to_bytes(8, "little") + b"{{{{{{{{",
     "a list": (2).to_bytes(8, "little") + b"[]",
 }
@@ -1271,24 +1194,20 @@ def test_a_model_of_another_architecture_is_refused_with_the_reason(tmp_path):
         (tmp_path / "config.json").write_text(good.replace(old, new))
         with pytest.raises(ValueError, match=complaint):
             GPT.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(good)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         GPT.from_pretrained(tmp_path)
 
 
-def test_weights_of_a_kind_that_no_product_takes_are_refused_or_made_float32(tmp_path):
-    model, idx = tiny_model(), tokens(1, 4)
+def test_weights_of_a_kind_that_no_product_takes_are_refused_or_made_float32():
+    checkpoint, idx, name = tiny_model().checkpoint(), tokens(1, 4), "transformer.h.0.mlp.c_fc.bias"
+    good = checkpoint["model"]
     for change in (torch.Tensor.double, torch.Tensor.half):
-        weights = {name: change(w) for name, w in model.state_dict().items()}
-        loaded = GPT.from_checkpoint({**model.checkpoint(), "model": weights})
-        torch.testing.assert_close(loaded(idx), model(idx), atol=1e-2, rtol=0)
-    name = "transformer.wte.weight"
-    for change in (torch.Tensor.to_sparse, lambda w: w.to("meta"), lambda w: [1.0]):
-        weights = {**model.state_dict(), name: change(model.state_dict()[name])}
-        gpt.save_checkpoint(tmp_path / "best.pt", {**model.checkpoint(), "model": weights})
-        with pytest.raises(ValueError, match="damaged"):
-            GPT.from_pretrained(tmp_path)
+        mixed = GPT.from_checkpoint({**checkpoint, "model": good | {name: change(good[name])}})
+        assert_close(mixed(idx), GPT.from_checkpoint(checkpoint)(idx), atol=1e-2, rtol=0)
+    for change in (torch.Tensor.to_sparse, lambda w: w.to("meta")):
+        with pytest.raises(ValueError, match="plain"):
+            GPT.from_checkpoint({**checkpoint, "model": good | {name: change(good[name])}})
 
 
 def test_transformers_makes_the_same_tokens(tmp_path):
@@ -1325,21 +1244,20 @@ def test_tokenizers_of_another_kind_are_refused(tmp_path):
             prepare_data.read_tokenizer(tmp_path)
 
 
-def test_a_model_goes_out_and_comes_back_through_the_scripts(data_folder, tmp_path, capsys):
-    run_training(data_folder, tmp_path / "out")
-    sample.main([f"--init_from={tmp_path}/out", f"--save_pretrained={tmp_path}/hf"])
+def test_a_model_goes_out_and_comes_back_offline(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", None)  # would need the network
+    sample.main([f"--init_from={base}", f"--save_pretrained={tmp_path}/hf"])
     texts = []
-    for name in ("out", "hf"):
+    for path in (base, f"{tmp_path}/hf", f"{tmp_path}/hf/model.safetensors"):
         capsys.readouterr()
-        sample.main([f"--init_from={tmp_path}/{name}", "--max_new_tokens=20", "--seed=1"])
+        sample.main([f"--init_from={path}", "--max_new_tokens=20"])
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
     prepare(tmp_path / "data", story(4000), f"--tokenizer={tmp_path}/hf")
     flags = [f"--init_from={tmp_path}/hf", "--block_size=8", "--dropout=0.2", "--max_iters=5"]
     train.main([f"--data={tmp_path}/data", f"--out_dir={tmp_path}/more", *flags])
     more = load_checkpoint(tmp_path / "more" / "last.pt")
-    assert more["config"]["block_size"] == 8
-    assert more["config"]["dropout"] == 0.2
+    assert (more["config"]["block_size"], more["config"]["dropout"]) == (8, 0.2)
     assert len(more["model"]["transformer.wpe.weight"]) == 8
 
 
@@ -1351,32 +1269,22 @@ def test_an_export_into_a_run_does_not_hide_the_run(base, tmp_path):
 
 def test_gpt2_is_downloaded_once_and_only_whole(tmp_path, monkeypatch):
     model, idx = far_from_new(tiny_model()), tokens(2, 16)
-    model.save_pretrained(tmp_path / "hub")
-    config, weights = (
-        (tmp_path / "hub" / name).read_bytes() for name in ("config.json", "model.safetensors")
-    )
-    answers, at = {}, "/openai-community/gpt2/resolve/main/"
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    with web_server(answers) as (url, asked):
+    folder = tmp_path / "hub/openai-community/gpt2/resolve/main"
+    model.save_pretrained(folder)
+    path, cache = folder / "model.safetensors", tmp_path / "cache"
+    weights = path.read_bytes()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache))
+    with web_server(tmp_path / "hub") as (url, asked):
         monkeypatch.setenv("HF_ENDPOINT", url)
-        with pytest.raises(ValueError, match="404"):
-            load_checkpoint("gpt2")
-        answers[at + "config.json"] = (config, {"Content-Length": len(config)})
-        size = {"Content-Length": len(weights)}
-        for broken in [
-            (weights[: len(weights) // 2], size),  # the connection breaks off
-            (weights[:-4], {}),
-            (b"<html>too many requests</html>", {}),
-        ]:
-            answers[at + "model.safetensors"] = broken
+        for broken in (weights[:-4], b"<html>too many requests</html>"):
+            path.write_bytes(broken)
             with pytest.raises(ValueError, match="cannot be downloaded"):
                 load_checkpoint("gpt2")
-            assert "model.safetensors" not in os.listdir(tmp_path / "cache" / "gpt2")
-        answers[at + "model.safetensors"] = (weights, size)
+            assert not (cache / "gpt2" / "model.safetensors").exists()
+        path.write_bytes(weights)
         for _ in range(2):
             assert torch.equal(GPT.from_pretrained("gpt2")(idx), model(idx))
-        assert asked.count(at + "model.safetensors") == 4
-        assert asked.count(at + "config.json") == 2
+        assert [path.count("safetensors") for path in asked] == [0, 1, 1, 1]
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
@@ -1583,7 +1491,7 @@ def test_a_classifier_learns_answers_and_can_be_trained_further(base, tmp_path, 
     flags = ["--task=classify", "--max_iters=300", "--lm_weight=0.1", "--learning_rate=3e-3"]
     run_finetune(base, tmp_path / "o", labeled(200), *flags, "--patience=20", "--eval_interval=20")
     out = capsys.readouterr().out
-    assert len(re.findall(r"\n(val|test) +accuracy.*commonest label: accuracy 0.[456]", out)) == 2
+    assert len(re.findall(r"\n(val|test) +accuracy.*most common label: 0.[456]", out)) == 2
     with open(tmp_path / "o" / "predictions.csv", newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     right = sum(row["label"] == row["predicted"] for row in rows) / len(rows)
@@ -1788,7 +1696,7 @@ def test_conversations_come_as_texts_or_as_lists_of_messages():
 BAD_EXAMPLES = {  # what the error must say: task, rows
     "line 1: no column text .found: body, label": ("classify", [{"body": "a", "label": "b"}]),
     "line 1: label is empty": ("classify", [{"text": "a", "label": " "}]),
-    "nothing to tell apart": ("classify", [{"text": str(i), "label": "b"} for i in range(50)]),
+    "at least two labels": ("classify", [{"text": str(i), "label": "b"} for i in range(50)]),
     "too few examples": ("classify", [{"text": "a", "label": "a"}]),
     "line 1: .*list": ("classify", [["a", "b"]]),
     "there is no prompt": ("instruct", [{"messages": [{"role": "assistant", "content": "a"}]}]),
@@ -1816,8 +1724,8 @@ def test_impossible_fine_tuning_is_refused_with_the_reason(base, tmp_path):
         (["--train=some"], "--train=some.*lora"),
         (["--template=some"], "--template=some.*alpaca"),
         (["--task=instruct", "--train=head"], "--train=head"),
-        (["--val=val.jsonl"], "training has no label 'bird'"),
-        (["--predict=a"], "no head; --task=classify trains one"),
+        (["--val=val.jsonl"], "the label 'bird'"),
+        (["--predict=a"], "no head for this task; --task=classify trains one"),
         (["--task=instruct", "--predict=a"], "--predict is for --task=classify"),
         (["--data=none.csv"], "none.csv"),
         (["--data=none.txt"], "give a .jsonl, .json, .csv or .tsv file"),
@@ -1999,7 +1907,7 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(base,
     drift, scores, x = torch.rand(2, 4) * mask, torch.tensor([3.0, -2.0]), torch.randn(6, 16)
     with torch.no_grad():
         task.model["head"].weight.normal_()
-        values = torch.zeros(2, 4).masked_scatter(mask, task.head(x)[:, 0])
+        values = torch.zeros(2, 4).masked_scatter(mask, task.apply_head(x)[:, 0])
     rewards = -0.5 * drift
     rewards[0, 2] += 3
     rewards[1, 3] -= 2
@@ -2081,21 +1989,15 @@ def test_ppo_reads_a_reward_model_from_its_checkpoint(base, tmp_path):
 
 # --- flags, errors, accidents ---------------------------------------------------------------------
 
+CONFIGS = [prepare_data.PrepareConfig, train.TrainConfig, finetune.FinetuneConfig]
 
-@pytest.mark.parametrize(
-    "config_class",
-    [
-        prepare_data.PrepareConfig,
-        train.TrainConfig,
-        finetune.FinetuneConfig,
-        sample.SampleConfig,
-    ],
-)
+
+@pytest.mark.parametrize("config_class", [*CONFIGS, sample.SampleConfig])
 def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
     parser = prepare_data.flag_parser(config_class, "")
     text = parser.format_help()
     for name, default in vars(config_class()).items():
-        assert re.search(rf"--{name} .*\S", text)
+        assert re.search(rf"--{name} [^-]*[a-z]{{3}}", text)
         value = "True" if isinstance(default, bool) else "1"
         (parsed,) = vars(parser.parse_args([f"--{name}={value}"])).values()
         assert parsed == type(default)(1) and type(parsed) is type(default)
@@ -2104,11 +2006,11 @@ def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
 
 def test_a_flag_without_a_value_is_true_and_nonsense_is_refused():
     parser = prepare_data.flag_parser(train.TrainConfig, "")
-    assert parser.parse_args(["--eval_only"]).eval_only is True
+    assert parser.parse_args(["--compile"]).compile is True
     assert parser.parse_args(["--compile=False"]).compile is False
     parser.exit_on_error = False
-    for flag in ("--compile=maybe", "--n_layer=two", "--learning_rate=nan", "--batch_size=-1"):
-        with pytest.raises(argparse.ArgumentError, match=flag.split("=")[1]):
+    for flag in ("--compile=", "--n_layer=two", "--learning_rate=nan", "--batch_size=-1", "--seed"):
+        with pytest.raises(argparse.ArgumentError, match=flag.split("=")[0]):
             parser.parse_args([flag])
 
 
@@ -2136,20 +2038,19 @@ def test_impossible_training_is_refused_with_the_reason(flags, data_folder, tmp_
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
-def test_a_checkpoint_and_the_flags_must_agree(data_folder, tmp_path):
-    run_training(data_folder, tmp_path / "a", "--max_iters=2")
-    resume = [f"--out_dir={tmp_path / 'a'}", "--init_from=resume"]
-    use = [f"--data={data_folder}", f"--init_from={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}"]
-    prepare(tmp_path / "data", story(500, seed=9) + "zzz zzz")
-    (tmp_path / "same").mkdir()
-    other, same = f"--data={tmp_path / 'data'}", f"--data={tmp_path / 'same'}"
-    prepare(tmp_path / "same", story(500, seed=9), f"--tokenizer={data_folder}")
+def test_a_checkpoint_and_the_flags_must_agree(data_folder, base, tmp_path):
+    text = story(500, seed=9) + "zzz zzz"
+    prepare(tmp_path / "other", text)
+    prepare(tmp_path / "same", text, f"--tokenizer={data_folder}")
+    shutil.copytree(base, tmp_path / "run")
+    resumed = [f"--out_dir={tmp_path}/run", "--init_from=resume", "--max_iters=21"]
+    use = [f"--data={data_folder}", f"--init_from={base}", f"--out_dir={tmp_path}/b"]
     for flags, complaint in [
-        ([*resume, "--n_layer=7"], "n_layer=1, not --n_layer=7"),
-        ([*resume, "--block_size=8"], "block_size=16"),
+        ([*resumed, "--n_layer=7"], "n_layer=1, not --n_layer=7"),
+        ([*resumed, "--block_size=8"], "block_size=16"),
+        ([*resumed, "--data=same"], "was trained on"),
         ([*use, "--n_head=4"], "n_head=2"),
-        ([*use, other], "different tokenizers"),
-        ([*resume, same], "not the text"),
+        ([*use, "--data=other"], "different tokenizers"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             train.main(flags)
@@ -2169,37 +2070,31 @@ def test_impossible_sampling_is_refused_with_the_reason(base, capsys):
     assert "the last 16" in capsys.readouterr().err
 
 
-def test_a_script_ends_bad_input_in_one_line_and_with_code_2(tmp_path):
-    for command, word in [
-        (("train.py", "--data=nowhere"), "nowhere"),
-        (("train.py", "--n_layers=3"), "--n_layers"),
-        (("train.py", f"--seed={'9' * 400}"), "(?i)overflow|large"),
-        (("sample.py", f"--init_from={tmp_path}"), "best.pt"),
-        (("prepare_data.py", "gone.txt", f"--out={tmp_path}/d"), "gone.txt"),
-    ]:
-        process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 2, (out, err)
-        assert len(err.splitlines()) == 1 and re.search(word, err)
+@pytest.mark.parametrize("command", ["train.py --data=nowhere", "prepare_data.py --nowhere=3"])
+def test_a_script_ends_bad_input_in_one_line_and_with_code_2(command):
+    process = start(*command.split(), stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert len(err.splitlines()) == 1 and "nowhere" in err
 
 
-@pytest.mark.parametrize("error", [MemoryError(), OverflowError("too large")])
-def test_numbers_that_are_too_large_are_bad_input(error, capsys):
-    def main():
-        raise error
+def test_numbers_that_are_too_large_are_bad_input(data_folder, tmp_path, capsys):
+    flags = [f"--data={data_folder}", f"--out_dir={tmp_path}"]
+    for cause in (
+        lambda: train.main([*flags, f"--seed={'9' * 400}"]),
+        lambda: train.main([*flags, f"--max_iters={'9' * 400}"]),
+        lambda: train.main([*flags, "--n_embd=10000000"]),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            prepare_data.script(cause)
+        assert stopped.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
-    with pytest.raises(SystemExit) as stopped:
-        prepare_data.script(main)
-    assert stopped.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
-
-def test_scripts_run_with_closed_streams_and_a_reader_that_leaves(base, data_folder, tmp_path):
+def test_scripts_run_with_closed_streams_and_a_reader_that_leaves(base):
     flags = f"--init_from={base} --max_new_tokens=3000 --temperature=2 --top_k=0"
-    for streams in (">&-", "2>&-"):
-        command = f"{sys.executable} sample.py {flags} {streams}"
-        folder = pathlib.Path(train.__file__).parent
-        subprocess.run(command, shell=True, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    command = f"{sys.executable} sample.py {flags} >&- 2>&-"
+    subprocess.run(command, shell=True, check=True, cwd=pathlib.Path(train.__file__).parent)
     process = start("sample.py", *flags.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
     process.stdout.close()
@@ -2213,8 +2108,8 @@ def test_pickled_code_in_a_checkpoint_is_not_run(tmp_path):
             return (pathlib.Path.touch, (tmp_path / "ran",))
 
     torch.save({"format": 2, "config": {}, "model": {"x": Evil()}}, tmp_path / "best.pt")
-    with pytest.raises(ValueError, match="best.pt"):
-        sample.main([f"--init_from={tmp_path}"])
+    with pytest.raises(ValueError, match="best.pt: damaged"):
+        load_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -2241,24 +2136,23 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_before_it_is_saved(
-    what, data_folder, tmp_path, monkeypatch
+def test_a_value_that_is_not_finite_stops_the_run_before_it_is_saved(
+    what, base, tmp_path, monkeypatch
 ):
-    run_training(data_folder, tmp_path)
-    before = (tmp_path / "last.pt").read_bytes()
+    shutil.copytree(base, tmp_path / "out")
+    before = (tmp_path / "out" / "last.pt").read_bytes()
     losses = train.Pretraining.losses
 
     def broken(task, state):
         for loss in losses(task, state):
             if state["step"] == 24:  # the root of 0 has an infinite slope
-                yield loss * math.nan if what == "loss" else loss + (loss * 0).sqrt()
-            else:
-                yield loss
+                loss = loss * math.nan if what == "loss" else loss + (loss * 0).sqrt()
+            yield loss
 
     monkeypatch.setattr(train.Pretraining, "losses", broken)
     with pytest.raises(ValueError, match="stopped at step 25"):
-        train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=25"])
-    assert (tmp_path / "last.pt").read_bytes() == before
+        resume(tmp_path / "out", "--max_iters=25")
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
 
 
 def test_two_runs_do_not_share_a_folder(data_folder, tmp_path):
@@ -2268,23 +2162,18 @@ def test_two_runs_do_not_share_a_folder(data_folder, tmp_path):
 
 
 def mutate(data, rng):
-    """Bytes cut off, put in, taken out or changed, somewhere."""
+    """Bytes cut off, put in, taken out or changed, somewhere; or numbers made negative."""
     i, n = rng.randrange(len(data)), rng.randrange(1, 50)
-    return rng.choice(
-        [
-            data[:i],
-            data[:i] + rng.randbytes(n) + data[i:],
-            data[:i] + data[i + n :],
-            data[:i] + bytes([data[i] ^ 1 << rng.randrange(8)]) + data[i + 1 :],
-            re.sub(rb"\d+", lambda m: m[0] if rng.random() < 0.9 else b"-7", data[:2000])
-            + data[2000:],
-        ]
-    )
+    flipped = bytes([data[i] ^ 1 << rng.randrange(8)])
+    changed = [b"", rng.randbytes(n) + data[i:], data[i + n :], flipped + data[i + 1 :]]
+    if rng.random() < 0.8:
+        return data[:i] + rng.choice(changed)
+    return re.sub(rb"\d+", lambda m: rng.choice([m[0]] * 9 + [b"-7"]), data[:2000]) + data[2000:]
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt", "meta.json", "train_00000.npy"])
-def test_damaged_files_give_an_error_or_a_working_run(name, data_folder, tmp_path):
-    run_training(data_folder, tmp_path / "run")
+def test_damaged_files_give_an_error_or_a_working_run(name, base, data_folder, tmp_path):
+    shutil.copytree(base, tmp_path / "run")
     shutil.copytree(data_folder, tmp_path / "data")
     path = next(tmp_path.rglob(name))
     whole, refused = path.read_bytes(), 0
@@ -2292,12 +2181,11 @@ def test_damaged_files_give_an_error_or_a_working_run(name, data_folder, tmp_pat
         path.write_bytes(mutate(whole, random.Random(seed)))
         try:
             if name == "best.pt":
-                sample.main([f"--init_from={tmp_path / 'run'}", "--max_new_tokens=3"])
+                sample.main(["--init_from=run", "--max_new_tokens=3"])
             elif name == "last.pt":
-                flags = ["--init_from=resume", f"--out_dir={tmp_path / 'run'}", "--max_iters=21"]
-                train.main([*flags, f"--data={data_folder}"])
+                resume(tmp_path / "run", "--max_iters=21")
             else:
-                run_training(tmp_path / "data", tmp_path / "other", "--max_iters=1")
+                run_training("data", tmp_path / "other", "--max_iters=1")
         except (ValueError, OSError):
             refused += 1
     assert refused

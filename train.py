@@ -7,10 +7,9 @@
     python train.py --eval_only --init_from=out            # the validation loss of a checkpoint
     torchrun --nproc_per_node=8 train.py                   # on 8 GPUs
 
-The loop is the function train(), near the end. A run writes last.pt (everything needed to continue),
-best.pt (the model with the lowest validation loss, for sample.py), metrics.csv and, with
-matplotlib, loss.png. On one CPU, the same seed gives the same weights bit for bit, also when the
-run is interrupted and resumed.
+The loop is the function train(). A run writes last.pt (everything needed to continue), best.pt (the
+model with the lowest validation loss, for sample.py), metrics.csv and, with matplotlib, loss.png.
+With the same seed, a run on one CPU gives bit-identical weights, even if interrupted and resumed.
 """
 
 import contextlib
@@ -46,11 +45,11 @@ from prepare_data import (
 
 @dataclass
 class RunConfig:
-    """The settings that every kind of training has, fine-tuning too."""
+    """Settings shared by every kind of training, including fine-tuning."""
 
     out_dir: str = "out"  # folder for checkpoints and metrics.csv
-    batch_size: int = 4  # examples in a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches in a step, in each process
+    batch_size: int = 4  # examples per micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches per step, per process
     seed: int = 1337  # for weights, batches and dropout
     max_iters: int = 8000  # steps
     learning_rate: float = 2e-3  # the highest, at the end of warmup
@@ -60,9 +59,9 @@ class RunConfig:
     weight_decay: float = 0.1  # of matrices, not of biases and LayerNorm
     beta1: float = 0.9  # decay rate of AdamW's first moment
     beta2: float = 0.99  # decay rate of AdamW's second moment
-    grad_clip: float = 1.0  # the highest norm of the gradient (0: no clipping)
+    grad_clip: float = 1.0  # maximum norm of the gradient (0: no clipping)
     eval_interval: int = 500  # steps between evaluations; each one saves
-    patience: int = 0  # stop after this many evaluations without a better one (0: never)
+    patience: int = 0  # stop after this many evaluations without improvement (0: never)
     log_interval: int = 100  # steps between lines of output
     device: str = ""  # cpu, cuda, mps (default: the best available)
     dtype: str = ""  # float32, bfloat16 or float16, for matrix products (default: the fastest)
@@ -72,7 +71,7 @@ def check_counts(config):
     """Raises ValueError for a count that must not be 0."""
     for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name}={getattr(config, name)}: give 1 or more")
+            raise ValueError(f"--{name}={getattr(config, name)}: must be 1 or more")
 
 
 @dataclass
@@ -101,29 +100,28 @@ MODEL_FLAGS = [field.name for field in fields(GPTConfig) if field.name != "vocab
 class Windows:
     """Windows of block_size + 1 consecutive tokens, as an endless, reproducible sequence.
 
-    Every epoch cuts the shards anew, at a phase of its own, and shuffles the windows. No window
-    crosses a shard, and no token is a target twice in an epoch; fewer than 2 block_size of a shard
-    are left out. The n-th window depends on seed and n alone: a run can resume at any step, and
+    Each epoch cuts the shards at a new offset, the phase, and shuffles the windows. No window
+    crosses a shard, and no token is a target twice in an epoch; in each shard, fewer than
+    2 * block_size tokens are left out. The n-th window depends on seed and n alone: a run can resume at any step, and
     several processes can share the work.
     """
 
     def __init__(self, arrays, block_size, vocab_size, seed=0):
         self.arrays, self.block_size, self.vocab_size = arrays, block_size, vocab_size
         self.seed, self.epoch = seed, None
-        # one fewer than fit, so that the phase can shift them by 0 ... block_size - 1
-        counts = [max(1, (len(a) - 1) // block_size - 1) * (len(a) > block_size) for a in arrays]
-        self.ends = np.cumsum(counts)
-        self.per_epoch = int(self.ends[-1])
+        fitting = [(len(array) - 1) // block_size for array in arrays]
+        # one fewer than fit, at least 1 if any does, so that a phase can shift them all
+        self.first = np.cumsum([0, *(min(fit, max(1, fit - 1)) for fit in fitting)])
+        self.per_epoch = int(self.first[-1])
 
     def read(self, windows, phase=0):
         """Window numbers of an epoch that begins at phase -> idx, targets (B, T), int64: each
         target is the token after its idx."""
         rows = []
         for i in windows:
-            shard = np.searchsorted(self.ends, i, side="right")
-            array, left = self.arrays[shard], self.ends[shard] - i  # windows left in the shard
-            count = self.ends[shard] - (self.ends[shard - 1] if shard else 0)
-            start = min(phase + (count - left) * self.block_size, len(array) - self.block_size - 1)
+            shard = np.searchsorted(self.first, i, side="right") - 1
+            array, start = self.arrays[shard], phase + (i - self.first[shard]) * self.block_size
+            start = min(start, len(array) - self.block_size - 1)  # one window leaves no phase room
             rows.append(array[start : start + self.block_size + 1].astype(np.int64))
         batch = np.stack(rows)
         if batch.max() >= self.vocab_size:
@@ -151,7 +149,10 @@ class Windows:
 
 
 class Machine:
-    """Device and precision of a run; which of torchrun's processes this is, and how they talk."""
+    """Device and precision of a run; which of torchrun's processes this is, and how they talk.
+
+    Fills in config.dtype, which checkpoints then hold, so that a resumed run keeps it.
+    """
 
     def __init__(self, config):
         self.rank = int(os.environ.get("RANK", "0"))  # torchrun sets these
@@ -167,11 +168,10 @@ class Machine:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
             if self.rank > 0:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 speaks
-        # from here on the config, which checkpoints hold, names the dtype: a resumed run keeps it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # only rank 0 prints
         config.dtype = config.dtype or str(pick_dtype(self.device)).removeprefix("torch.")
         if config.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"--dtype={config.dtype}: give float32, bfloat16 or float16")
+            raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
         self.dtype = getattr(torch, config.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high")  # TF32 where the device has it
@@ -181,7 +181,7 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def put(self, *tensors):
-        """Copies tensors to the device, on CUDA while it computes."""
+        """Copies tensors to the device, on CUDA asynchronously."""
         if self.device.type == "cuda":
             tensors = [tensor.pin_memory() for tensor in tensors]
         return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
@@ -210,7 +210,7 @@ class Machine:
     def seed(self, *numbers):
         """Makes dropout depend on these numbers and the rank alone."""
         number = int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0])
-        if self.device.type == "cpu":  # torch.manual_seed would go through all other devices, too
+        if self.device.type == "cpu":  # torch.manual_seed would seed every other device, too
             torch.default_generator.manual_seed(number)
         else:
             torch.get_device_module(self.device).manual_seed(number)
@@ -220,7 +220,7 @@ class Machine:
 
 
 def configure_optimizer(model, learning_rate, weight_decay, betas, scales=None):
-    """AdamW (Loshchilov & Hutter 2019); weights decay where they are matrices, and only there.
+    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices only.
 
     scales, {end of a parameter's name: factor}, multiplies learning rates; the loop finds the
     factor in each group's "lr_scale".
@@ -258,22 +258,24 @@ class Pretraining:
     """The task of predicting the next token of a data folder's text: see train()."""
 
     curves = ("train_loss", "val_loss")  # of loss.png
-    stop = None
+    stop, stats = None, {}  # see train()
 
     def __init__(self, config, machine, model, meta):
         self.config, self.machine, self.model, self.meta = config, machine, model, meta
-        # A row of the token embedding learns only when its token comes by, and its steps, like the
+        # A row of the token embedding learns only when its token occurs, and its steps, like the
         # head's, need not shrink as the matrices grow (Yang et al. 2022, "Tensor Programs V"). The
         # factors were found by trial. A tied head, which is both at once, gets none.
-        tied = model.config.tie_weights
-        self.stats, self.lr_scales = {}, {} if tied else {"wte.weight": 20, "lm_head.weight": 4}
+        self.lr_scales = {"wte.weight": 20, "lm_head.weight": 4}
+        if model.config.tie_weights:
+            self.lr_scales = {}
         vocab_size, train, val = meta["vocab_size"], meta["splits"]["train"], meta["splits"]["val"]
         self.windows = Windows(train["arrays"], config.block_size, vocab_size, config.seed)
         if not self.windows.per_epoch:
             raise ValueError(
-                f"{config.data}: {train['tokens']} tokens to train on do not fill a window of "
+                f"{config.data}: {train['tokens']} training tokens do not fill a window of "
                 f"{config.block_size + 1}; use more text or a smaller --block_size"
             )
+        # a validation split shorter than the context has shorter windows
         block_size = min(config.block_size, max(map(len, val["arrays"])) - 1)
         self.val_windows = Windows(val["arrays"], block_size, vocab_size)
         # 1 nat per token in bits per byte of text, the unit in which tokenizers can be compared
@@ -284,7 +286,7 @@ class Pretraining:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
 
     def updates(self, state):
-        """One update a step."""
+        """One update per step; exhausting its losses advances state."""
         yield self.losses(state)
 
     def losses(self, state):
@@ -325,7 +327,7 @@ class Pretraining:
         tokenizer, digest = self.meta["tokenizer"], self.meta["digest"]
         return {**self.model.checkpoint(), "tokenizer": tokenizer, "data_digest": digest}
 
-    best_checkpoint = checkpoint
+    best_checkpoint = checkpoint  # finetune.py's differ
 
     def describe(self):
         """Four lines about the size of the run."""
@@ -338,9 +340,9 @@ class Pretraining:
         flops = 6 * matrices + 12 * gpt.n_layer * gpt.n_embd * config.block_size
         print(f"{total:,} parameters, on {self.machine.device} in {config.dtype}")
         print(f"{tokens:,} tokens of training: {epochs:.1f} epochs")
-        print(f"{flops * tokens:.1e} floating-point operations: {flops:,} a token")
+        print(f"{flops * tokens:.1e} floating-point operations: {flops:,} per token")
         print(
-            f"{tokens / total:.1f} tokens a parameter; about 20 make the most of the compute "
+            f"{tokens / total:.1f} tokens per parameter; about 20 is compute-optimal "
             "(Hoffmann et al. 2022)"
         )
 
@@ -390,7 +392,7 @@ def train(config, machine, task, saved=None):
                 optimizer.zero_grad(set_to_none=True)
             state["step"] += 1
 
-            stop = machine.agree(signals) or task.stop
+            stop = machine.agree(signals) or task.stop  # a signal saves without evaluating
             is_last = task.stop or state["step"] == config.max_iters
             evaluates = is_last or state["step"] % config.eval_interval == 0
             if evaluates or stop or state["step"] % config.log_interval == 0:
@@ -413,16 +415,18 @@ def train(config, machine, task, saved=None):
 def restore(saved, config, optimizer, scaler):
     """The state of a new run, or of the one that saved comes from, with its optimizer's."""
     state = {"step": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "rows": []}
-    state |= {"best_val_loss": math.inf, "evaluations_since": 0, "is_saved": False}
+    state |= {"best_val_loss": math.inf, "evaluations_since": 0, "has_saved": False}
     if saved:
         with damaged(f"{config.out_dir}/last.pt"):
-            settings = optimizer.state_dict()  # these are the config's, not the file's
+            settings = optimizer.state_dict()  # these are the config's; only moments are the file's
             optimizer.load_state_dict({**settings, "state": saved["optimizer"]["state"]})
             if saved["scaler"] and scaler.is_enabled():
                 scaler.load_state_dict(saved["scaler"])
             state |= saved["state"]
     if state["step"] >= config.max_iters:
-        print(f"{config.out_dir} is at step {state['step']} already; --max_iters=N goes further")
+        print(
+            f"{config.out_dir} is already at step {state['step']}; use --max_iters to train longer"
+        )
     return state
 
 
@@ -434,7 +438,7 @@ def summarize(config, machine, task, state, losses, norm, clock):
     if not math.isfinite(loss) or not (math.isfinite(norm) or machine.scaler.is_enabled()):
         raise ValueError(
             f"stopped at step {state['step']}: the loss is {loss} and the norm of the gradient "
-            f"{norm}; saved checkpoints are whole; a lower --learning_rate may help"
+            f"{norm}; saved checkpoints are intact; try a lower --learning_rate"
         )
     seconds = time.perf_counter() - clock
     state["seconds"] += seconds
@@ -468,9 +472,9 @@ def format_metrics(metrics):
 
 
 def save(config, machine, task, optimizer, state):
-    """best.pt if no validation loss was ever lower, then last.pt with all that the next step
-    depends on. Rank 0 writes for all. An earlier run is moved aside by the first save of this
-    one, when it has something to put in its place."""
+    """Writes best.pt if the validation loss is the lowest so far, then last.pt with everything
+    needed for the next step. Rank 0 writes for all. The first save of a run moves an earlier one
+    aside, now that there is something to put in its place."""
     val_loss = state["rows"][-1].get("val_loss")
     is_best = val_loss is not None and val_loss < state["best_val_loss"]
     if is_best:
@@ -480,9 +484,9 @@ def save(config, machine, task, optimizer, state):
     if machine.rank > 0:
         return
     folder = pathlib.Path(config.out_dir)
-    if not state["is_saved"]:
+    if not state["has_saved"]:
         set_aside(folder)
-    state["is_saved"] = True
+    state["has_saved"] = True
     if is_best:
         save_checkpoint(folder / "best.pt", {**task.best_checkpoint(), "step": state["step"]})
     run = {"optimizer": optimizer.state_dict(), "scaler": machine.scaler.state_dict()}
@@ -502,7 +506,7 @@ def set_aside(folder):
 
 
 def write_metrics(folder, rows, curves):
-    """Writes metrics.csv and, if there is matplotlib, loss.png."""
+    """Writes metrics.csv and, if matplotlib is installed, loss.png."""
     text, columns = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -527,7 +531,7 @@ def write_metrics(folder, rows, curves):
 def out_of_patience(state, config):
     """The reason to stop if the last evaluations were no better than one before them, or None."""
     if config.patience and state["evaluations_since"] >= config.patience:
-        return f"no better validation loss in {config.patience} evaluations (--patience)"
+        return f"validation loss has not improved in {config.patience} evaluations (--patience)"
     return None
 
 
@@ -563,7 +567,7 @@ def load_run(config_class, flags):
 
 
 def load_data(folder):
-    """The data folder. The default one is made if there is nothing in its place."""
+    """Opens the data folder; creates the default one if it is missing or empty."""
     visible = (
         [name for name in os.listdir(folder) if name[0] != "."] if os.path.isdir(folder) else []
     )
@@ -611,11 +615,11 @@ def main(argv=None):
     check_counts(config)
     machine = Machine(config)
     if machine.rank == 0:
-        load_data(config.data)
+        load_data(config.data)  # which may prepare it, while the others wait
     machine.wait()
     meta = load_data(config.data)
     if saved and saved["data_digest"] != meta["digest"]:
-        raise ValueError(f"{config.data}: not the text that {config.out_dir} was trained on")
+        raise ValueError(f"{config.data}: not the data that {config.out_dir} was trained on")
     model = make_model(config, flags, meta, saved or checkpoint, resumes=bool(saved))
     model.to(machine.device).train()
     # the shape of a loaded model overrides the defaults
