@@ -7,7 +7,8 @@
     python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, from tiktoken
 
 The pipeline: documents -> clean -> train and val -> BPE -> tokens -> shards, meta.json. The text is
-read twice, once to train the BPE and once to encode; a document must fit in memory, all need not.
+read twice, once to train the BPE and once to encode; each document must fit in memory, but the whole
+text need not.
 """
 
 import argparse
@@ -46,19 +47,19 @@ except ImportError:  # Windows
     fcntl = None
 
 END_OF_TEXT = "<|endoftext|>"
-ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat, which comes with fine-tuning
-SHARD_TOKENS = 50_000_000  # about
-HELD_OUT = 0.1  # the share of the text in val
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat, after fine-tuning
+SHARD_TOKENS = 50_000_000  # approximate
+HELD_OUT = 0.1  # the share of the text in val; of the default corpus, twice that
 
 
 @dataclass
 class PrepareConfig:
     out: str = "data"  # folder to write
-    tokenizer: str = "bpe"  # bpe: trained here; or a tiktoken name; or a folder that has one
-    vocab_size: int = 1024  # bytes and merges of the trained BPE; 4 special tokens come on top
+    tokenizer: str = "bpe"  # bpe (trained here), a tiktoken name, or a folder with a tokenizer
+    vocab_size: int = 1024  # bytes and merges of the trained BPE, plus 4 special tokens
     bpe_sample_mb: int = 40  # how much text the BPE is trained on, MB
-    text_field: str = "text"  # where a JSON object has its text
-    separator: str = END_OF_TEXT  # what divides the documents in a text file
+    text_field: str = "text"  # the JSON field that holds the text
+    separator: str = END_OF_TEXT  # what separates the documents in a text file
     min_chars: int = 1  # shorter documents are dropped
 
 
@@ -70,11 +71,11 @@ def refuse(reason):
 
 
 def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse):
-    """Yields (source, text) for every document in files, folders and URLs; none: Python's manual.
+    """Yields (source, text) for every document in files, folders and URLs; default: Python's manual.
 
     A text file is one document, or several with separator between them; .json and .jsonl hold one
     in text_field of each object; HTML is stripped of markup. skip(reason) is called for each
-    document that cannot be read. Raises OSError or ValueError if an input does not exist.
+    document that cannot be read. Raises ValueError if an input does not exist.
     """
     if not inputs:
         yield from python_manual()
@@ -87,19 +88,21 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
                 where = f"{path}, document at byte {offset}"
                 if b"\0" in data[:8192]:  # UTF-8 text has none
                     skip(f"{where}: binary data, not text in UTF-8")
-                    break
+                    break  # give up on the whole file
                 try:
                     text = data.decode()
                     is_html = path.suffix.lower() in (".html", ".htm") or PAGE.match(text)
                     yield str(path), html_to_text(text) if is_html else text
-                except (UnicodeDecodeError, AssertionError) as error:  # html.parser asserts
+                except UnicodeDecodeError as error:
                     skip(f"{where}: {error}; to convert it: iconv -f latin1 -t utf-8")
+                except AssertionError as error:  # of html.parser
+                    skip(f"{where}: broken HTML: {error}")
         except OSError as error:
             skip(f"{path}: {error.strerror}")
 
 
 def find_files(inputs, skip=refuse):
-    """The paths that inputs stand for. URLs are downloaded; hidden files in folders are left out."""
+    """Expands inputs into a list of paths: downloads URLs, leaves out hidden files in folders."""
     files = []
     for name in map(str, inputs):
         is_url = name.startswith(("http://", "https://"))
@@ -116,7 +119,7 @@ def find_files(inputs, skip=refuse):
 
 
 def download(url):
-    """Downloads a URL into downloads/, unless it is there; returns the path."""
+    """Downloads a URL into downloads/, unless it is already there; returns the path."""
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     name = urllib.parse.urlsplit(url).path.rpartition("/")[2]
     path = pathlib.Path("downloads", f"{digest}_{name}")
@@ -126,7 +129,7 @@ def download(url):
     print(f"downloading {url} to {path}")
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            data = response.read()  # raises IncompleteRead if the connection breaks off
+            data = response.read()  # raises IncompleteRead if the connection drops
     except Exception as error:
         raise ValueError(f"{url}: cannot be downloaded ({error})") from error
     path.parent.mkdir(exist_ok=True)
@@ -154,7 +157,7 @@ def read_json(path, skip=refuse):
                 yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
                 return
             except (ValueError, RecursionError) as error:
-                if "Extra data" not in str(error):  # else it is JSON Lines, whatever its name
+                if "Extra data" not in str(error):  # else it is JSON Lines, despite its name
                     return skip(f"{path}: broken JSON: {error}")
             file.seek(0)
         for number, line in enumerate(file, 1):
@@ -169,7 +172,7 @@ def split_file(path, separator, block_size=1 << 20):
     """Yields (byte offset, bytes) of each part between separators, reading a block at a time."""
     buffer, offset = b"", 0
     with open(path, "rb") as file:
-        # each block is as long as what is waiting, so a long part is not searched again and again
+        # doubling the read keeps a document without separators linear, not quadratic
         while block := file.read(max(block_size, len(buffer))):
             *parts, buffer = (buffer + block).split(separator)
             for part in parts:
@@ -188,7 +191,7 @@ LINE = re.compile(r"br|dd|dt|li|option|td|th|tr")
 
 
 class VisibleText(html.parser.HTMLParser):
-    """Collects what a person would see of a page; blank lines between blocks, <pre> as it is."""
+    """Collects the visible text of a page; blank lines between blocks, <pre> unchanged."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +228,7 @@ def html_to_text(page):
 
 LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 JUNK = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
-TRAILING_SPACES = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")  # (?<!) keeps long runs of spaces fast
+TRAILING_SPACES = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")  # (?<!) tries each run once
 BLANK_LINES = re.compile(r"\n{3,}")
 
 
@@ -281,17 +284,18 @@ def docstrings(node, name):
 
 
 def position(key):
-    """A pseudo-random number from 0 to 1 that depends on the string alone. Splits are made by it,
-    so equal texts fall on one side, whatever their order."""
+    """A pseudo-random number from 0 to 1 that depends on the string alone. It decides the split, so
+    identical texts land on the same side, in any order."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def split_documents(files, config, skip, dropped):
-    """Yields (split, text) of every clean, different document; split is "train" or "val".
+    """Yields (split, text) of every distinct document, cleaned; split is "train" or "val".
 
     Documents are held out by a hash of their text; one that is larger than 1/200 of all the input
     gives its last tenth instead. The manual's pages are held out by module, twice as many, because
-    finetune.py takes validation and test examples from these modules. dropped counts the others.
+    finetune.py takes validation and test examples from these modules. dropped counts what is left
+    out, by reason.
     """
     large = sum(path.stat().st_size for path in files) / 200
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
@@ -309,6 +313,7 @@ def split_documents(files, config, skip, dropped):
             yield "val" if place < HELD_OUT else "train", text
         else:
             border = round(len(text) * (1 - HELD_OUT))
+            # after the last space or newline before it, if there is any
             border = max(text.rfind(" ", 0, border), text.rfind("\n", 0, border)) + 1 or border
             yield "train", text[:border]
             yield "val", text[border:]
@@ -317,7 +322,7 @@ def split_documents(files, config, skip, dropped):
 # --- byte-pair encoding ---------------------------------------------------------------------------
 
 # GPT-2's rule for cutting text into pieces, which no token spans: endings like 's, words, numbers,
-# other signs, each with the space before it, and white space. (In tiktoken's form, ++ is a + that
+# punctuation, each with the space before it, and whitespace. (In tiktoken's form, ++ is a + that
 # never gives back what it has matched, which is faster and here matches the same.)
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")
@@ -335,9 +340,10 @@ def cut(text, length=1 << 16):
 
 
 def count_pieces(texts):
-    """Cuts texts by SPLIT and counts the different pieces: {piece: how often}.
+    """Cuts texts by SPLIT and counts the distinct pieces: {piece: how often}.
 
-    Words with the signs before them are counted first: few are different, so few are cut.
+    Words with the punctuation before them are counted first. No piece spans the end of a word, so
+    this is exact, and there are few distinct words to cut.
     """
     words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
@@ -365,7 +371,7 @@ def train_bpe(texts, vocab_size):
     # chr(65). So a pair is a string of two, and merging it is str.replace.
     pieces = [piece.encode().decode("latin-1") for piece in pieces]
     pair_counts, pieces_with = count_pairs(pieces, counts)
-    heap = sorted((-count, pair) for pair, count in pair_counts.items())  # sorted is a heap, too
+    heap = sorted((-count, pair) for pair, count in pair_counts.items())  # a valid heap
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and len(tokens) < vocab_size:
         queued, pair = heapq.heappop(heap)
@@ -392,9 +398,9 @@ def train_bpe(texts, vocab_size):
 
 
 def count_pairs(pieces, counts):
-    """How often each pair of neighbors occurs, and the pieces (their numbers) that have it.
+    """How often each pair of neighbors occurs, and the indices of the pieces that contain it.
 
-    A piece stays among the latter even when it has lost the pair, which does no harm.
+    A piece stays listed even after it loses the pair; this is harmless.
     """
     pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
     for i, piece in enumerate(pieces):
@@ -441,9 +447,9 @@ def bpe_encode(data, ranks):
 
 
 def bpe_spec(ranks):
-    """The JSON-able description of a BPE of ours, for meta.json and checkpoints.
+    """The JSON-able description of a BPE trained here, for meta.json and checkpoints.
 
-    Tokens are in order of rank, a character a byte; the special tokens come after them.
+    Tokens are in order of rank, one character per byte; the special tokens come after them.
     """
     tokens = [token.decode("latin-1") for token in ranks]
     return {"name": "bpe", "tokens": tokens, "special_tokens": [END_OF_TEXT, *ROLES]}
@@ -475,7 +481,7 @@ def build_tokenizer(spec):
 
 
 def token_bytes(tokenizer, token):
-    """The bytes of a token id; of ids that the vocabulary leaves out, none."""
+    """The bytes of a token id; empty for ids that the vocabulary does not use."""
     with contextlib.suppress(KeyError):
         return tokenizer.decode_single_token_bytes(token)
     return b""
@@ -519,7 +525,7 @@ def chat_parts(messages, tokenizer, template):
             header = [tokenizer.encode_single_token(f"<|{role}|>")]
         else:
             header = ALPACA[role]
-            if role == "user" and not parts:
+            if role == "user" and not parts:  # the conversation starts here
                 more = ALPACA_INPUT if "### Input:\n" in content else ""
                 header = ALPACA_PREAMBLE.format(more) + header
             header = tokenizer.encode_ordinary(header)
@@ -547,7 +553,7 @@ def byte_characters():
 
 
 def save_tokenizer(spec, folder):
-    """Writes tokenizer.json into folder. Raises ValueError for tokenizers not of GPT-2's kind.
+    """Writes tokenizer.json into folder. Raises ValueError for tokenizers unlike GPT-2's.
 
     tiktoken keeps no merges. They are recovered: a token, encoded with only those before it, falls
     into the two that it was merged from.
@@ -555,7 +561,7 @@ def save_tokenizer(spec, folder):
     tokenizer = build_tokenizer(spec)
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
     if tokenizer._pat_str != SPLIT or len(ranks) + len(special) != tokenizer.n_vocab:
-        raise ValueError(f"tokenizer {tokenizer.name}: not of GPT-2's kind, so there is no export")
+        raise ValueError(f"tokenizer {tokenizer.name}: not GPT-2 style, so it cannot be exported")
     characters, earlier, vocab, merges = byte_characters(), {}, {}, []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = ["".join(characters[b] for b in part) for part in bpe_encode(token, earlier)]
@@ -578,14 +584,19 @@ def save_tokenizer(spec, folder):
 
 
 def read_tokenizer(folder):
-    """The spec of a folder's tokenizer.json; None if it has none. Raises ValueError if it cuts text
-    in another way than GPT-2's, or its tokens are in another order: bytes, merges, special."""
+    """The spec of a folder's tokenizer.json; None if it has none. Raises ValueError if it splits
+    text differently from GPT-2's, or its tokens are not in the order bytes, merges, special."""
     path = pathlib.Path(folder, "tokenizer.json")
     if not path.exists():
         return None
     with damaged(path):
         whole = json.loads(path.read_bytes())
-        before = {"type": None, "use_regex": True, **(whole.get("pre_tokenizer") or {})}
+        before = {
+            "type": None,
+            "use_regex": True,
+            "add_prefix_space": True,
+            **(whole.get("pre_tokenizer") or {}),
+        }
         cuts_alike = before["type"] == "ByteLevel" and before["use_regex"]
         if not cuts_alike or before["add_prefix_space"] or whole.get("normalizer"):
             raise ValueError("it does not cut text as GPT-2's does")
@@ -652,7 +663,7 @@ def write_shards(documents, tokenizer, folder):
             writers[split].stats["documents"] += 1
             writers[split].stats["bytes"] += len(text.encode())
             yield from ((split, part) for part in cut(text))
-            yield split, None
+            yield split, None  # the end of the document
 
     def encode(item):
         _, part = item
@@ -689,7 +700,7 @@ def old_shards(folder):
 
 
 def install(meta, folder):
-    """Puts finished shards in the place of the earlier ones. A crash at any point leaves a folder
+    """Replaces the earlier shards with the finished ones. A crash at any point leaves a folder
     that is whole or that open_data refuses. No other file in the folder is touched."""
     old = old_shards(folder)
     (folder / "meta.json").unlink(missing_ok=True)
@@ -704,7 +715,7 @@ def install(meta, folder):
 def open_data(folder):
     """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards.
 
-    Raises FileNotFoundError or ValueError if the folder does not exist, or is not whole or ours.
+    Raises FileNotFoundError or ValueError if the folder does not exist, is incomplete, or was not written by this script.
     """
     path = pathlib.Path(folder, "meta.json")
     if not path.exists():
@@ -718,7 +729,7 @@ def open_data(folder):
             raise ValueError(f"format {meta['format']}, from another version")
         for split in (meta["splits"]["train"], meta["splits"]["val"]):
             if not all(map(SHARD_NAME.fullmatch, split["shards"])):
-                raise ValueError("shards outside of the folder")
+                raise ValueError("invalid shard names")
             split["arrays"] = [np.load(path.parent / n, mmap_mode="r") for n in split["shards"]]
             kinds = {(array.dtype.name, array.ndim) for array in split["arrays"]}
             tokens = sum(map(len, split["arrays"]))
@@ -748,32 +759,33 @@ def train_tokenizer(documents, size, config):
     sample = (part for text in texts for part in cut(text) if position(part) <= fraction)
     ranks = train_bpe(sample, config.vocab_size)
     if len(ranks) < config.vocab_size:
-        print(f"vocab_size is {len(ranks)}: this text gives no more tokens")
+        print(f"vocab_size is {len(ranks)}: no other pair in this text occurs twice")
     return bpe_spec(ranks)
 
 
 def with_progress(documents, label):
-    """Passes (split, text) on and reports on standard error how much there was so far."""
+    """Passes (split, text) on and reports progress on standard error."""
     start = shown = time.monotonic()
     done, is_live = 0, sys.stderr.isatty()
     for document in documents:
         yield document
         done += len(document[1])
         if (now := time.monotonic()) - shown > (0.2 if is_live else 10):
-            line = f"{label}: {done / 1e6:.0f} MB, {done / 1e6 / (now - start):.1f} MB/s"
+            line = f"{label}: {done / 1e6:.0f} M characters, {done / 1e6 / (now - start):.1f} M/s"
             print(line, end="\r" if is_live else "\n", file=sys.stderr, flush=True)
             shown = now
 
 
 def prepare(inputs, config):
-    """Writes the data folder and says what is in it."""
+    """Writes the data folder and prints a summary."""
     folder, skipped, dropped = pathlib.Path(config.out), [], collections.Counter()
     old_shards(folder)  # a folder that is not ours is reported before the long work
     spec = named_tokenizer(config.tokenizer)
     files = find_files(inputs, skipped.append)
     if inputs and not files:
-        raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files in it")
+        raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files found")
     if spec is None:
+        # what is skipped and dropped is reported by the second pass
         documents = split_documents(files, config, lambda reason: None, collections.Counter())
         size = sum(path.stat().st_size for path in files)
         spec = train_tokenizer(with_progress(documents, "reading"), size, config)
@@ -801,7 +813,7 @@ def prepare(inputs, config):
 
 def main(argv=None):
     parser = flag_parser(PrepareConfig, __doc__)
-    parser.add_argument("inputs", nargs="*", help="files, folders, URLs; none: Python's manual")
+    parser.add_argument("inputs", nargs="*", help="files, folders, URLs (default: Python's manual)")
     flags = vars(parser.parse_intermixed_args(argv))
     inputs = flags.pop("inputs")
     config = PrepareConfig(**flags)
@@ -843,16 +855,16 @@ def parse_value(kind, text):
 def script(main):
     """Runs main; bad input ends it with one line on standard error and exit code 2.
 
-    Bad input is a ValueError or OSError, or what Python and torch raise when numbers are too large.
+    Bad input is a ValueError or OSError, or an overflow or out-of-memory error of Python or torch.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if the shell closed it)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # no character ends a script
+        stream.reconfigure(errors="replace")  # an unprintable character must not crash it
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+    except BrokenPipeError:  # what reads our output has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141)
     except KeyboardInterrupt:
@@ -868,7 +880,7 @@ def script(main):
 
 
 def lock(folder):
-    """Keeps other runs out of the folder, which is made, until the returned file is closed."""
+    """Keeps other runs out of the folder, created if needed, until the returned file is closed."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
     try:
@@ -891,7 +903,7 @@ def write_file(path, data):
 
 @contextlib.contextmanager
 def damaged(path):
-    """Makes a ValueError that blames the file of whatever goes wrong with its contents."""
+    """Turns any error in a file's contents into a ValueError that names the file."""
     try:
         yield
     except OSError:

@@ -166,7 +166,7 @@ def draw_attention(model, tokenizer, text, path):
     side = max(2, len(tokens) / 6)  # of a panel, inches
     figure = Figure(figsize=(side * heads, side * layers), layout="constrained")
     for (layer, head), panel in np.ndenumerate(figure.subplots(layers, heads, squeeze=False)):
-        panel.imshow(maps[layer][head].float().cpu(), vmin=0, cmap="Blues")
+        panel.imshow(maps[layer][head].float().cpu().numpy(), vmin=0, cmap="Blues")
         panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
         panel.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         panel.set_yticks(range(len(names)), names, fontsize=8)

@@ -70,8 +70,8 @@ class RunConfig:
 def check_counts(config):
     """Raises ValueError for a count that must not be 0."""
     for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name}={getattr(config, name)}: must be 1 or more")
+        if not 1 <= getattr(config, name) < 2**31:
+            raise ValueError(f"--{name}={getattr(config, name)}: must be 1 or more, below 2**31")
 
 
 @dataclass
