@@ -623,6 +623,7 @@ class Reward(Preferences):
     et al. 2022, equation 1). In best.pt, and so in the final report, the scores of the training
     answers have mean 0 and standard deviation 1."""
 
+    defaults: ClassVar = Task.defaults | {"epochs": 6}
     has_head = True
 
     def set_up(self):
@@ -709,7 +710,7 @@ class Policy(Task):
     loss(idx, targets, old_log_probs, advantages, more)   -> {"loss": ..., and more to record}
     """
 
-    defaults: ClassVar = Task.defaults | {"learning_rate": 3e-5, "max_new_tokens": 48}
+    defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4, "max_new_tokens": 48}
     defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1}
     curves = ("score", "val_score")
     writes = True

@@ -792,6 +792,16 @@ def test_accumulated_micro_batches_are_one_large_batch(data_folder, tmp_path):
     assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
+def test_dropout_is_drawn_anew_in_every_step(data_folder, tmp_path, monkeypatch):
+    seeds, updates = [], train.Pretraining.updates
+    record = lambda task, state: seeds.append(torch.initial_seed()) or updates(task, state)
+    monkeypatch.setattr(train.Pretraining, "updates", record)
+    run_training(data_folder, tmp_path / "a", "--max_iters=6")
+    assert len(set(seeds)) == 6
+    run_training(data_folder, tmp_path / "b", "--max_iters=6", "--seed=2")
+    assert len(set(seeds)) == 12
+
+
 def test_logging_and_evaluating_more_often_changes_no_weight(data_folder, tmp_path):
     weights = []
     for n in ("20", "1"):
