@@ -623,7 +623,6 @@ class Reward(Preferences):
     et al. 2022, equation 1). In best.pt, and so in the final report, the scores of the training
     answers have mean 0 and standard deviation 1."""
 
-    defaults: ClassVar = Task.defaults | {"epochs": 6}
     has_head = True
 
     def set_up(self):

@@ -57,7 +57,7 @@ class PrepareConfig:
     out: str = "data"  # folder to write
     tokenizer: str = "bpe"  # bpe (trained here), a tiktoken name, or a folder with a tokenizer
     vocab_size: int = 1024  # bytes and merges of the trained BPE, plus 4 special tokens
-    bpe_sample_mb: int = 40  # how much text the BPE is trained on, MB
+    bpe_sample_mb: int = 10  # how much text the BPE is trained on, MB
     text_field: str = "text"  # the JSON field that holds the text
     separator: str = END_OF_TEXT  # what separates the documents in a text file
     min_chars: int = 1  # shorter documents are dropped
