@@ -1930,6 +1930,15 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(base,
     torch.testing.assert_close(advantages, finetune.whiten(expected, mask))
 
 
+def test_an_answer_that_does_not_end_scores_one_less(base, monkeypatch):
+    task = policy(base, monkeypatch, "ppo")
+    word = task.tokenizer.encode_ordinary("red")
+    monkeypatch.setattr(task, "answers", lambda *args, **how: [word, [*word, task.end]])
+    _, _, scores, ended = task.respond(task.splits["train"][:2], seed=0)
+    assert ended.tolist() == [False, True]
+    assert scores[1].item() == pytest.approx(scores[0].item() + 1)
+
+
 def test_grpo_compares_the_answers_to_one_prompt(base, monkeypatch):
     task = policy(base, monkeypatch, "grpo")
     scores, mask = torch.tensor([1.0, 2, 3, 4, 7, 7, 7, 7]), torch.ones(8, 3, dtype=torch.bool)
