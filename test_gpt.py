@@ -1031,6 +1031,12 @@ def test_tokens_that_only_pad_the_vocabulary_are_never_sampled(base, tmp_path):
     assert load_for_sampling(tmp_path)[0](tokens(4, 8)).size(-1) == known
 
 
+def test_small_models_are_sampled_on_one_thread(base):
+    torch.set_num_threads(2)
+    load_for_sampling(base)
+    assert torch.get_num_threads() == 1
+
+
 def test_a_character_of_several_tokens_is_written_when_it_is_complete(base, capsys, monkeypatch):
     model, tokenizer, _ = load_for_sampling(base)
     written = [*"漢a😀".encode(), 0xFF, tokenizer.eot_token]  # bytes are the first tokens
