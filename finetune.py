@@ -11,10 +11,10 @@
     python finetune.py --task=ppo --init_from=out/instruct              # write what scores high
     python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
 
-The loop is train.train(). A task turns a row of a file into an example, and a batch of examples into
-terms: a loss, and whatever else is measured. Read on in this order: LoRA; what all tasks share; the
-tasks, from classification to reinforcement learning; files, examples and batches; main. best.pt is a
-complete model, with any LoRA weights merged in.
+The loop is train.train(). A task turns a row of a file into an example, and a batch of examples
+into terms: a loss, and whatever else is measured. Read on in this order: LoRA; what all tasks share;
+the tasks, from classification to reinforcement learning; files, examples and batches; main. best.pt
+is a complete model, with any LoRA weights merged in.
 """
 
 import collections
@@ -147,8 +147,8 @@ class Task:
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
                       "text": what it is about, "group": see split_of, and more}
-    terms(examples)   -> {name: (N,)}: the mean of "loss" is what training minimizes, the means of
-                      all are an evaluation
+    terms(examples)   -> {name: (N,)}: training minimizes the mean of "loss"; an evaluation reports
+                      the mean of each
     """
 
     # where the config has 0; the learning rate is for a model that is 128 wide
@@ -161,7 +161,8 @@ class Task:
     stop = None  # a reason for train() to stop
 
     def __init__(self, config, machine, checkpoint):
-        self.config, self.machine, self.start = config, machine, checkpoint
+        self.config, self.machine = config, machine
+        self.start = checkpoint  # the model that training starts from
         self.spec = tokenizer_of(checkpoint, config.init_from)
         self.tokenizer = build_tokenizer(self.spec)
         self.end = self.tokenizer.eot_token
@@ -418,7 +419,7 @@ def spread(values, mask):
 
 
 def token_log_probs(gpt, idx, targets):
-    """log p of each target, (R, T), and 0 where there is none (-100). A row's sum is an answer's."""
+    """log p of each target, (R, T), and 0 where there is none. A row's sum is an answer's."""
     return spread(log_probs_and_states(gpt, idx, targets)[0], targets != -100)
 
 
@@ -493,7 +494,8 @@ class Classify(Task):
             print(
                 f"\n{split:5} accuracy {right.sum() / len(labels):.4f}  "
                 f"macro F1 {(2 * right / sums)[sums > 0].mean():.4f}  "
-                f"(always predicting the most common label: {confusion.sum(1).max() / len(labels):.4f})"
+                f"(always predicting the most common label: "
+                f"{confusion.sum(1).max() / len(labels):.4f})"
             )
             if n <= 12:  # rows: labels, columns: predictions
                 for label, counts in zip(self.labels, confusion.tolist()):
@@ -544,7 +546,7 @@ class Instruct(Task):
 
 
 class Choice(Task):
-    """Which ending of a text is the likeliest? In the format of HellaSwag (Zellers et al. 2019)."""
+    """Which ending of a text is the most likely? In the format of HellaSwag (Zellers et al. 2019)."""
 
     def encode(self, row):
         text, endings, label = row["ctx"], row["endings"], int(row["label"])
@@ -591,8 +593,8 @@ class Preferences(Task):
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
     """Direct preference optimization: Rafailov et al. 2023, equation 7.
 
-    Takes log-probabilities of whole answers, (P,), under the model and under its reference, the
-    model at the start. Returns losses and margins, β[log π/ρ of the chosen − log π/ρ of the rejected].
+    Takes log-probabilities of whole answers, (P,), under the model π and under its reference ρ, the
+    model at the start. Returns losses and margins, β[(log π/ρ)(chosen) − (log π/ρ)(rejected)].
     """
     margins = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
     return -F.logsigmoid(margins), margins
@@ -662,8 +664,8 @@ class Reward(Preferences):
 # --- reinforcement learning -----------------------------------------------------------------------
 
 # Simpler than InstructGPT (Ouyang et al. 2022): PPO's value function is a head on the policy, since
-# a separate model would double the cost; there is no pretraining loss (PPO-ptx), since the KL penalty
-# is enough at this size; its coefficient is fixed; and prompts come from a file.
+# a separate model would double the cost; there is no pretraining loss (PPO-ptx), since the KL
+# penalty is enough at this size; its coefficient is fixed; and prompts come from a file.
 
 GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
 CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
@@ -703,7 +705,7 @@ def clipped_loss(log_probs, old_log_probs, advantages):
 
 class Policy(Task):
     """Makes answers that a reward model scores higher more likely, close to the reference, which is
-    the model at the start. A step samples answers to some prompts, then makes some passes over them.
+    the model at the start. A step samples answers to prompts, then makes some passes over them.
 
     judge(scores, drift, mask, x)   -> advantages and one more tensor, (B, T), for loss()
     loss(idx, targets, old_log_probs, advantages, more)   -> {"loss": ..., and more to record}
@@ -778,15 +780,15 @@ class Policy(Task):
         state["tokens"] += int(mask.sum())
 
     def measure(self, split):
-        """On up to 100 prompts. The best checkpoint has the highest score minus beta times the KL."""
+        """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
         idx, targets, scores, _ = self.respond(self.splits[split][:100], seed=0)
         score, kl = scores.mean().item(), self.compare(idx, targets)[1].sum(1).mean().item()
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
 
 class PPO(Policy):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic predicts the
-    expected score at each token, so credit is assigned per token."""
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic predicts
+    the expected score at each token, so credit is assigned per token."""
 
     defaults: ClassVar = Policy.defaults | {"batch_size": 32}
 
@@ -819,18 +821,18 @@ class PPO(Policy):
 
 class GRPO(Policy):
     """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"). Several answers to the
-    same prompt are compared: A_i = (s_i − mean s) / std s. Use it when each answer gets a single score
-    and sampling is cheap; use PPO when answers are long or sampling is expensive, since its critic
-    learns from every answer."""
+    same prompt are compared: A_i = (s_i − mean s) / std s. Use it when each answer gets a single
+    score and sampling is cheap; use PPO when answers are long or sampling is expensive, since its
+    critic learns from every answer."""
 
     def set_up(self):
         super().set_up()
         self.group_size = self.config.group_size
         if self.group_size < 2:
-            raise ValueError(f"--group_size={self.group_size}: give 2 or more")
+            raise ValueError(f"--group_size={self.group_size}: must be 2 or more")
 
     def judge(self, scores, drift, mask, x):
-        """-> advantages, the same for all tokens of an answer, and the reference's drift, (B, T)."""
+        """-> advantages, the same for all tokens of an answer, and the drift, (B, T)."""
         groups = scores.view(-1, self.group_size)
         advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         return advantages.view(-1, 1) * mask, drift
@@ -876,8 +878,8 @@ def manual_answers():
 
 def split_of(group, config):
     """The split of a row without a file of its own: a hash of its "group" or its prompt decides, so
-    duplicates land in the same split. The manual's pages of these modules are held out by the same rule.
-    """
+    duplicates land in the same split. By the same rule, prepare_data.py holds out the modules of the
+    default examples."""
     place = position(group)
     if place < 0.1 and not config.val:
         return "val"
@@ -938,8 +940,8 @@ def as_answer(text):
 
 
 def conversation_of(row, *answers):
-    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; each of these answers; "text" and
-    "group", for split_of}. These rows are the same:
+    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; each of these answers; "text"
+    and "group", for split_of}. These rows are equivalent:
 
     {"instruction": "add", "input": "1 2", "output": "3"}     "prompt" is "instruction", too
     {"messages": [a user's message, the assistant's answer]}
@@ -982,9 +984,9 @@ def group_of(row, text):
 def to_row(parts, block_size, learned="all answers"):
     """[(tokens, is_answer), ...] -> idx, targets: lists of one length, at most block_size.
 
-    A target is the token after its idx, or -100 where that is not learned: learned is "all answers",
-    "last answer" or "all". What is too long is cut: first the tokens before the last answer, from
-    the oldest on; if the answer alone is still too long, its end.
+    A target is the token after its idx, or -100 if that is not learned; learned is "all answers",
+    "last answer" or "all". A conversation that is too long loses the oldest tokens before its last
+    answer; if the answer alone is too long, it also loses its end.
     """
     tokens = [token for part, _ in parts for token in part]
     last = len(parts) - 1
@@ -1001,8 +1003,8 @@ def to_row(parts, block_size, learned="all answers"):
 
 class Batches:
     """An endless, reproducible sequence of batches, each of examples of about the same length: an
-    epoch sorts them by length, with ±20% of random jitter. batches[n], the
-    numbers of the examples in it, depends on seed and n alone."""
+    epoch sorts them by length, with ±20% of random jitter. batches[n], the numbers of the examples
+    in it, depends on seed and n alone."""
 
     def __init__(self, lengths, batch_size, seed):
         self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed

@@ -167,9 +167,9 @@ class GPT(nn.Module):
         N(0, 0.02 / √(2 n_layer)) for projections into the residual stream (2019, section 2.3).
 
         A tied wte is also the output head and must be small for the first logits to be small.
-        Where the two are separate, we chose our own: tokens start at N(0, 1), which the
-        first updates cannot swamp; positions as sinusoids, so that near and far differ from the
-        start; the head at zero, so that the first loss is ln(vocab_size).
+        Where the two are separate, we chose our own: tokens start at N(0, 1), which the first
+        updates cannot swamp; positions as sinusoids, so that near and far differ from the start;
+        the head at zero, so that the first loss is ln(vocab_size).
         """
         n_layer, tied = self.config.n_layer, self.config.tie_weights
         for name, parameter in self.named_parameters():
@@ -289,8 +289,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
-        """Builds the model from what load_checkpoint returned, in float32 and eval mode; tensors are
-        shared. changes override its config, as in dropout=0.1. Any exception means that the
+        """Builds the model from what load_checkpoint returned, in float32 and eval mode; tensors
+        are shared. changes override its config, as in dropout=0.1. Any exception means that the
         checkpoint is damaged.
         """
         with torch.device("meta"):  # shapes alone: no memory, no random numbers
@@ -498,7 +498,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-# --- GPT-2's weights in and out (skip this on a first reading) --------------------------------------
+# --- GPT-2's weights in and out (skip this on a first reading) ------------------------------------
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUGGING_FACE_NAMES = {"block_size": "n_positions", "tie_weights": "tie_word_embeddings"}

@@ -7,8 +7,8 @@
     python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, from tiktoken
 
 The pipeline: documents -> clean -> train and val -> BPE -> tokens -> shards, meta.json. The text is
-read twice, once to train the BPE and once to encode; each document must fit in memory, but the whole
-text need not.
+read twice, once to train the BPE and once to encode; each document must fit in memory, but the
+whole text need not.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def refuse(reason):
 
 
 def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse):
-    """Yields (source, text) for every document in files, folders and URLs; default: Python's manual.
+    """Yields (source, text) for every document in files, folders and URLs, or in Python's manual.
 
     A text file is one document, or several with separator between them; .json and .jsonl hold one
     in text_field of each object; HTML is stripped of markup. skip(reason) is called for each
@@ -191,7 +191,7 @@ LINE = re.compile(r"br|dd|dt|li|option|td|th|tr")
 
 
 class VisibleText(html.parser.HTMLParser):
-    """Collects the visible text of a page; blank lines between blocks, <pre> unchanged."""
+    """Collects the visible text of a page, with blank lines between blocks and <pre> unchanged."""
 
     def __init__(self):
         super().__init__()
@@ -233,8 +233,8 @@ BLANK_LINES = re.compile(r"\n{3,}")
 
 
 def clean(text):
-    """Text in NFC, with \\n for line ends, no control characters, byte-order marks or halves of
-    surrogate pairs, no spaces at line ends, at most one blank line in a row and none at the ends.
+    """Text in NFC, with \\n for line endings and without control characters, byte-order marks, lone
+    surrogates, spaces before a line ending, two blank lines in a row, or any at either end.
 
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
@@ -715,7 +715,8 @@ def install(meta, folder):
 def open_data(folder):
     """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards.
 
-    Raises FileNotFoundError or ValueError if the folder does not exist, is incomplete, or was not written by this script.
+    Raises FileNotFoundError or ValueError if the folder does not exist, is incomplete, or was not
+    written by this script.
     """
     path = pathlib.Path(folder, "meta.json")
     if not path.exists():
@@ -903,7 +904,8 @@ def write_file(path, data):
 
 @contextlib.contextmanager
 def damaged(path):
-    """Turns any error in a file's contents into a ValueError that names the file."""
+    """Turns any error in a file's contents into a ValueError that names the file. (gpt.py has the
+    same: it imports no other file, so that it can be copied alone.)"""
     try:
         yield
     except OSError:
