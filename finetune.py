@@ -12,9 +12,9 @@
     python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
 
 The loop is train.train(). A task turns a row of a file into an example, and a batch of examples
-into terms: a loss, and whatever else is measured. Read on in this order: LoRA; what all tasks share;
-the tasks, from classification to reinforcement learning; files, examples and batches; main. best.pt
-is a complete model, with any LoRA weights merged in.
+into terms: a loss, and whatever else is measured. Read on in this order: LoRA; what all tasks
+share; the tasks, from classification to reinforcement learning; files, examples and batches; main.
+best.pt is a complete model, with any LoRA weights merged in.
 """
 
 import collections
@@ -546,7 +546,7 @@ class Instruct(Task):
 
 
 class Choice(Task):
-    """Which ending of a text is the most likely? In the format of HellaSwag (Zellers et al. 2019)."""
+    """Which ending of a text is most likely? In the format of HellaSwag (Zellers et al. 2019)."""
 
     def encode(self, row):
         text, endings, label = row["ctx"], row["endings"], int(row["label"])
@@ -878,8 +878,8 @@ def manual_answers():
 
 def split_of(group, config):
     """The split of a row without a file of its own: a hash of its "group" or its prompt decides, so
-    duplicates land in the same split. By the same rule, prepare_data.py holds out the modules of the
-    default examples."""
+    duplicates land in the same split. By the same rule, prepare_data.py holds out the modules of
+    the default examples."""
     place = position(group)
     if place < 0.1 and not config.val:
         return "val"

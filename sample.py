@@ -153,7 +153,7 @@ def chat(model, tokenizer, template, config, generator):
 
 @torch.no_grad()
 def draw_attention(model, tokenizer, text, path):
-    """Draws the attention weights on the first 24 tokens of text, a panel for each layer and head."""
+    """Draws the attention weights on the first 24 tokens of text, a panel per layer and head."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -102,8 +102,8 @@ class Windows:
 
     Each epoch cuts the shards at a new offset, the phase, and shuffles the windows. No window
     crosses a shard, and no token is a target twice in an epoch; in each shard, fewer than
-    2 * block_size tokens are left out. The n-th window depends on seed and n alone: a run can resume
-    at any step, and several processes can share the work.
+    2 * block_size tokens are left out. The n-th window depends on seed and n alone, so a run can
+    resume at any step, and several processes can share the work.
     """
 
     def __init__(self, arrays, block_size, vocab_size, seed=0):
