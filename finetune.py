@@ -245,7 +245,7 @@ class Task:
         if self.start.get("task") == config.task and self.start.get("labels") == labels:
             with damaged(config.init_from):
                 head.load_state_dict(self.start["head"])
-        elif config.predict or config.eval_only:
+        elif self.has_head and (config.predict or config.eval_only):  # not PPO's critic
             raise ValueError(
                 f"{config.init_from}: no head for this task; --task={config.task} trains one"
             )
