@@ -34,24 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import prepare_data
 from gpt import GPT, load_checkpoint, next_token_losses
-from prepare_data import (
-    build_tokenizer,
-    chat_parts,
-    chat_prompt,
-    clean,
-    damaged,
-    default_template,
-    flag_parser,
-    library_docstrings,
-    lock,
-    position,
-    read_json,
-    script,
-    token_bytes,
-    tokenizer_of,
-    write_file,
-)
+from prepare_data import clean, damaged, library_docstrings, position, write_file
 from train import Machine, RunConfig, check_counts, format_metrics, load_run, perplexity, train
 
 
@@ -92,7 +77,6 @@ class FinetuneConfig(RunConfig):
     beta: float = 0.1  # for dpo, ppo, grpo: the penalty for drifting from the reference model
     reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
     group_size: int = 8  # for grpo: answers to a prompt
-    max_kl: float = 10.0  # ppo and grpo stop at this mean KL from the start, nats an answer
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -155,23 +139,21 @@ class Task:
     defaults: ClassVar = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
     defaults |= {"max_new_tokens": 128}
     has_head = False  # beside the language model's
-    curves = ("train_loss", "val_loss")  # of loss.png
     writes = False  # whether held-out prompts are answered, before and after training
-    lr_scales = None  # train() multiplies no learning rate
-    stop = None  # a reason for train() to stop
+    curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
 
     def __init__(self, config, machine, checkpoint):
         self.config, self.machine = config, machine
         self.start = checkpoint  # the model that training starts from
-        self.spec = tokenizer_of(checkpoint, config.init_from)
-        self.tokenizer = build_tokenizer(self.spec)
+        self.spec = prepare_data.tokenizer_of(checkpoint, config.init_from)
+        self.tokenizer = prepare_data.build_tokenizer(self.spec)
         self.end = self.tokenizer.eot_token
         with damaged(config.init_from):
             self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout, attn_dropout=0.0)
         self.gpt.resize(min(self.tokenizer.n_vocab, self.gpt.config.vocab_size), config.block_size)
         self.block_size = self.gpt.config.block_size
         self.template = config.template or checkpoint.get("template")
-        self.template = self.template or default_template(self.tokenizer)
+        self.template = self.template or prepare_data.default_template(self.tokenizer)
         self.too_long = 0  # examples that were cut
         self.measured = collections.defaultdict(list)  # values since the last row of metrics.csv
         self.splits = {} if config.predict else self.read_examples()
@@ -188,24 +170,25 @@ class Task:
         """(where, row) of the examples, if there is no --data."""
         return manual_answers()
 
-    def columns(self):
-        """Column names for a .tsv file without a header."""
-        return ()
+    def encoded(self, path):
+        """The examples of a file, or the default ones."""
+        columns = (self.config.label_field, self.config.text_field)
+        for where, row in read_rows(path, columns) if path else self.default_rows():
+            try:
+                yield self.encode(row)
+            except Exception as error:
+                raise ValueError(f"{where}: {error}") from error
 
     def read_examples(self):
-        """{"train", "val", "test": examples}: see split_of."""
+        """{"train", "val", "test": examples}. Files for val and test are kept whole; without them,
+        split_of holds out a tenth of data for each."""
         config, splits = self.config, {"train": [], "val": [], "test": []}
-        files = {"train": config.data, "val": config.val, "test": config.test}
-        for file, path in [("train", config.data)] if config.eval_only else files.items():
-            rows = self.default_rows() if file == "train" else []
-            for where, row in read_rows(path, self.columns()) if path else rows:
-                try:
-                    example = self.encode(row)
-                except Exception as error:
-                    raise ValueError(f"{where}: {error}") from error
-                split = split_of(example["group"], config) if file == "train" else file
-                splits["test" if config.eval_only and path else split].append(example)
-        if not config.val:  # a given file is kept whole
+        for example in self.encoded(config.data):
+            is_test = config.eval_only and config.data
+            splits["test" if is_test else split_of(example["group"], config)].append(example)
+        for split, path in {"val": config.val, "test": config.test}.items():
+            splits[split] += self.encoded(path) if path and not config.eval_only else []
+        if not config.val:
             splits["val"] = apart_from(splits["test"], splits["val"])
         splits["train"] = apart_from(splits["val"] + splits["test"], splits["train"])
         counts = {split: len(examples) for split, examples in splits.items()}
@@ -218,7 +201,8 @@ class Task:
 
     def row(self, messages, answer, learned="all answers"):
         """A conversation -> idx, targets: see to_row."""
-        parts = chat_parts([*messages, as_answer(answer)], self.tokenizer, self.template)
+        messages = [*messages, {"role": "assistant", "content": answer}]
+        parts = prepare_data.chat_parts(messages, self.tokenizer, self.template)
         self.too_long += sum(len(part) for part, _ in parts) > self.block_size
         return to_row(parts, self.block_size, learned)
 
@@ -238,21 +222,20 @@ class Task:
     def add_head(self, outputs, std, labels=None):
         """A linear layer that reads the last token of a text, the only one that has seen all of it.
         The head of a checkpoint of the same task, with the same labels, is reused."""
+        config = self.config
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
-        config = self.config
         if self.start.get("task") == config.task and self.start.get("labels") == labels:
             with damaged(config.init_from):
                 head.load_state_dict(self.start["head"])
         elif self.has_head and (config.predict or config.eval_only):  # not PPO's critic
-            raise ValueError(
-                f"{config.init_from}: no head for this task; --task={config.task} trains one"
-            )
+            hint = f"--task={config.task} trains one"
+            raise ValueError(f"{config.init_from}: no head for this task; {hint}")
 
     def scores(self, x, last):
         """x (R, T, C), and where each row ends, (R,) -> (R, outputs)."""
-        return self.apply_head(x[torch.arange(len(x), device=x.device), last])
+        return self.apply_head(x[torch.arange(len(x)), last])
 
     def apply_head(self, x):
         """In float32: bfloat16 would round scores to steps of about 0.03."""
@@ -356,11 +339,8 @@ class Task:
         return {**best, "task": self.config.task, "template": self.template, "tokenizer": self.spec}
 
     def load_best(self, best):
-        """Loads the weights of best.pt. LoRA is merged into them, so lora_B is reset to 0."""
-        self.gpt.load_state_dict(best["model"], strict=False)
-        for name, parameter in self.gpt.named_parameters():
-            if name.endswith("lora_B"):
-                nn.init.zeros_(parameter)
+        """Takes the weights of best.pt, into which LoRA is merged."""
+        self.model["gpt"] = self.gpt = GPT.from_checkpoint(best).to(self.machine.device)
         if "head" in best:
             self.model["head"].load_state_dict(best["head"])
 
@@ -369,7 +349,7 @@ class Task:
     def prompt(self, messages):
         """Tokenizes a conversation; of a long one, only the end, to leave room for an answer."""
         limit = self.block_size - min(self.config.max_new_tokens, self.block_size // 2)
-        return chat_prompt(messages, self.tokenizer, self.template)[-limit:]
+        return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
 
     def answers(self, messages, temperature=1.0, generator=None):
         """The model's answers to these conversations, in tokens, with the end token if they end."""
@@ -388,7 +368,7 @@ class Task:
         return [answers[i] for i in range(len(prompts))]
 
     def text(self, answer):
-        data = (token_bytes(self.tokenizer, token) for token in answer if token != self.end)
+        data = (prepare_data.token_bytes(self.tokenizer, t) for t in answer if t != self.end)
         return b"".join(data).decode(errors="replace")
 
     def write_answers(self, name, folder=None):
@@ -451,9 +431,6 @@ class Classify(Task):
 
     def default_rows(self):
         return manual_texts()
-
-    def columns(self):
-        return (self.config.label_field, self.config.text_field)
 
     def encode(self, row):
         text, label = text_of(row, self.config.text_field), text_of(row, self.config.label_field)
@@ -571,11 +548,6 @@ class Choice(Task):
             found["accuracy"].append(sums.argmax() == example["label"])
             found["accuracy_per_byte"].append(per_byte.argmax() == example["label"])
         return {name: torch.stack(values).float() for name, values in found.items()}
-
-    def report(self, folder=None):
-        super().report(folder)
-        n = len(self.splits["test"])
-        print(f"standard error of the accuracy: {0.5 / math.sqrt(n):.4f} at most")
 
 
 # --- learning from preferences --------------------------------------------------------------------
@@ -707,8 +679,8 @@ class Policy(Task):
     """Makes answers that a reward model scores higher more likely, close to the reference, which is
     the model at the start. A step samples answers to prompts, then makes some passes over them.
 
-    judge(scores, drift, mask, x)   -> advantages and one more tensor, (B, T), for loss()
-    loss(idx, targets, old_log_probs, advantages, more)   -> {"loss": ..., and more to record}
+    judge(scores, mask, log_probs, reference, x)   -> advantages, targets for extra_loss(): (B, T)
+    extra_loss(targets, log_probs, x)              -> name, value and weight of a second loss
     """
 
     defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4, "max_new_tokens": 48}
@@ -720,8 +692,7 @@ class Policy(Task):
     def set_up(self):
         path = self.config.reward_model  # a text to predict: load the head, but no examples
         reward = FinetuneConfig(task="reward", init_from=path, predict="-", batch_size=16)
-        checkpoint = load_checkpoint(path)
-        self.score = Reward(reward, self.machine, checkpoint).score
+        self.score = Reward(reward, self.machine, load_checkpoint(path)).score
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
 
     def encode(self, row):
@@ -746,15 +717,15 @@ class Policy(Task):
 
     @torch.no_grad()
     def compare(self, idx, targets):
-        """-> log π of the targets and log π − log ρ, (B, T), where π is the policy and ρ the
-        reference; the sum of the latter over an answer estimates the KL. And π's states, (N, C)."""
+        """-> log π and log ρ of the targets, (B, T), where π is the policy and ρ the reference; the
+        sum of log π − log ρ over an answer estimates the KL. And π's states, (N, C)."""
         learned = targets != -100
         self.model.eval()
         with self.machine.autocast():
             log_probs, x = log_probs_and_states(self.gpt, idx, targets)
             reference, _ = log_probs_and_states(self.reference.eval(), idx, targets)
         self.model.train()
-        return spread(log_probs, learned), spread(log_probs - reference, learned), x
+        return spread(log_probs, learned), spread(reference, learned), x
 
     def updates(self, state):
         """Samples answers, then yields an update for each part of them in each pass."""
@@ -764,25 +735,31 @@ class Policy(Task):
         seed, rng = int(seeds.generate_state(1)[0]), np.random.default_rng(seeds)
         idx, targets, scores, ended = self.respond(examples, seed)
         mask = targets != -100
-        log_probs, drift, x = self.compare(idx, targets)
-        tensors = (idx, targets, log_probs, *self.judge(scores, drift, mask, x))
+        log_probs, reference, x = self.compare(idx, targets)
+        judged = self.judge(scores, mask, log_probs, reference, x)
+        tensors = (idx, targets, log_probs, *judged)
         for _ in range(PASSES):
             for part in np.array_split(rng.permutation(len(idx)), min(PARTS, len(idx))):
                 with self.machine.autocast():
-                    terms = self.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))
-                yield [terms.pop("loss")]
-                self.record(**terms)
-        kl = drift.sum(1)
+                    yield [self.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))]
+        kl = (log_probs - reference).sum(1)
         self.record(score=scores, kl=kl, length=mask.sum(1), ended=ended)
-        if kl.mean() > config.max_kl:
-            self.stop = f"the KL from the start is {kl.mean():.1f} nats (--max_kl)"
         state["examples"] += len(examples)
         state["tokens"] += int(mask.sum())
+
+    def loss(self, idx, targets, old_log_probs, advantages, extra_targets):
+        mask = targets != -100
+        log_probs, x = log_probs_and_states(self.gpt, idx, targets)
+        loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
+        name, extra, weight = self.extra_loss(extra_targets[mask], log_probs, x)
+        self.record(**{"clipped": clipped, name: extra})
+        return loss + weight * extra
 
     def measure(self, split):
         """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
         idx, targets, scores, _ = self.respond(self.splits[split][:100], seed=0)
-        score, kl = scores.mean().item(), self.compare(idx, targets)[1].sum(1).mean().item()
+        log_probs, reference, _ = self.compare(idx, targets)
+        score, kl = scores.mean().item(), (log_probs - reference).sum(1).mean().item()
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
 
@@ -796,27 +773,20 @@ class PPO(Policy):
         super().set_up()
         self.add_head(1, std=0)
 
-    def judge(self, scores, drift, mask, x):
+    def judge(self, scores, mask, log_probs, reference, x):
         """-> whitened advantages and returns, (B, T). Each token costs β (log π − log ρ); the last
         one earns the score."""
         with torch.no_grad():
             values = spread(self.apply_head(x)[:, 0], mask)
-        rewards = -self.config.beta * drift
+        rewards = self.config.beta * (reference - log_probs)
         last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # where each answer ends
         rewards[torch.arange(len(rewards)), last] += scores
         advantages = advantages_of(rewards, values, mask)
         return whiten(advantages, mask), advantages + values
 
-    def loss(self, idx, targets, old_log_probs, advantages, returns):
-        mask = targets != -100
-        log_probs, x = log_probs_and_states(self.gpt, idx, targets)
-        loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
-        value_loss = (self.apply_head(x)[:, 0] - returns[mask]).square().mean() / 2
-        return {
-            "loss": loss + VALUE_WEIGHT * value_loss,
-            "clipped": clipped,
-            "value_loss": value_loss,
-        }
+    def extra_loss(self, returns, log_probs, x):
+        """Half the squared error of the critic (Schulman et al. 2017, equation 9)."""
+        return "value_loss", (self.apply_head(x)[:, 0] - returns).square().mean() / 2, VALUE_WEIGHT
 
 
 class GRPO(Policy):
@@ -831,20 +801,16 @@ class GRPO(Policy):
         if self.group_size < 2:
             raise ValueError(f"--group_size={self.group_size}: must be 2 or more")
 
-    def judge(self, scores, drift, mask, x):
-        """-> advantages, the same for all tokens of an answer, and the drift, (B, T)."""
+    def judge(self, scores, mask, log_probs, reference, x):
+        """-> advantages, the same for all tokens of an answer, and log ρ, (B, T)."""
         groups = scores.view(-1, self.group_size)
         advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-        return advantages.view(-1, 1) * mask, drift
+        return advantages.view(-1, 1) * mask, reference
 
-    def loss(self, idx, targets, old_log_probs, advantages, drift):
-        mask = targets != -100
-        log_probs, _ = log_probs_and_states(self.gpt, idx, targets)
-        loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
-        reference = (old_log_probs - drift)[mask]
+    def extra_loss(self, reference, log_probs, x):
+        """The KL from the reference, as an estimate that is never negative (equation 4)."""
         log_ratio = reference - log_probs  # log ρ/π
-        kl = (log_ratio.exp() - log_ratio - 1).mean()  # an estimate that is never negative
-        return {"loss": loss + self.config.beta * kl, "clipped": clipped, "kl_loss": kl}
+        return "kl_loss", (log_ratio.exp() - log_ratio - 1).mean(), self.config.beta
 
 
 # --- files, examples, batches ---------------------------------------------------------------------
@@ -900,7 +866,7 @@ def read_rows(path, columns=()):
     path = pathlib.Path(path)
     kind = path.suffix.lower()
     if kind in (".jsonl", ".json"):
-        yield from read_json(path)
+        yield from prepare_data.read_json(path)
     elif kind not in (".csv", ".tsv"):
         raise ValueError(f"{path}: give a .jsonl, .json, .csv or .tsv file")
     else:
@@ -935,10 +901,6 @@ def text_of(row, *names):
     raise ValueError(f"no column {' or '.join(names)} (found: {found})")
 
 
-def as_answer(text):
-    return {"role": "assistant", "content": text}
-
-
 def conversation_of(row, *answers):
     """A row -> {"messages": the prompt, [{"role", "content"}, ...]; each of these answers; "text"
     and "group", for split_of}. These rows are equivalent:
@@ -948,32 +910,27 @@ def conversation_of(row, *answers):
     {"prompt": [a user's message], "output": "3"}             and so with "chosen" and "rejected"
     {"chosen": [a user's message, the assistant's answer], "rejected": ...}
     """
-    lists = {k: clean_messages(row[k]) for k in row if isinstance(row[k], list)}
-    messages = lists.get("prompt") or lists.get("messages") or lists.get("chosen")
-    if messages is None:
+    messages, said = row.get("prompt"), row.get("messages") or row.get("chosen")
+    if not isinstance(messages, list) and isinstance(said, list):
+        ends = [i for i, message in enumerate(said) if message["role"] == "assistant"]
+        # without answers to learn, a conversation that ends with a question is all prompt
+        messages = said[: ends[-1]] if ends and (answers or ends[-1] == len(said) - 1) else said
+    if not isinstance(messages, list):
         text = text_of(row, "instruction", "prompt")
         text += f"\n\n### Input:\n{text_of(row, 'input')}" if row.get("input") else ""
         messages = [{"role": "user", "content": text}]
-    elif "prompt" not in lists:  # the last answer in the list is not part of the prompt
-        roles = [message["role"] for message in messages]
-        if roles[-1] == "assistant" or ("output" in answers and "assistant" in roles):
-            messages = messages[: len(roles) - 1 - roles[::-1].index("assistant")]
-    prompt = "\n".join(message["content"] for message in messages)
+    if not {message["role"] for message in messages} <= {"system", "user", "assistant"}:
+        raise ValueError("roles are system, user and assistant")
+    prompt = "\n".join(clean(message["content"]) for message in messages)
     if not prompt.strip():
         raise ValueError("there is no prompt")
     example = {"messages": messages, "text": prompt, "group": group_of(row, prompt)}
     for name in answers:
-        said = lists.get(name) or ([] if name in row else lists.get("messages", []))
-        said = [m["content"] for m in said if m["role"] == "assistant"]
-        example[name] = text_of({name: said[-1]} if said else row, name)
+        value = row.get(name, row.get("messages"))
+        if isinstance(value, list):
+            value = [m["content"] for m in value if m["role"] == "assistant"][-1]
+        example[name] = text_of({name: value} if value else row, name)
     return example
-
-
-def clean_messages(messages):
-    roles = {message["role"] for message in messages}
-    if not roles <= {"system", "user", "assistant"}:
-        raise ValueError(f"roles are system, user and assistant, not {roles}")
-    return [{"role": m["role"], "content": clean(m["content"])} for m in messages]
 
 
 def group_of(row, text):
@@ -1052,7 +1009,7 @@ def settle(config):
 
 
 def main(argv=None):
-    flags = vars(flag_parser(FinetuneConfig, __doc__).parse_args(argv))
+    flags = vars(prepare_data.flag_parser(FinetuneConfig, __doc__).parse_args(argv))
     config, saved = FinetuneConfig(**flags), None
     if config.init_from == "resume":
         out_dir = config.out_dir or f"out/{config.task}"
@@ -1069,7 +1026,7 @@ def main(argv=None):
     if config.eval_only:
         return task.report()
     folder = pathlib.Path(config.out_dir)
-    with lock(folder):
+    with prepare_data.lock(folder):
         task.prepare()
         task.write_answers("before")
         if saved:
@@ -1087,4 +1044,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    script(main)
+    prepare_data.script(main)

@@ -6,9 +6,8 @@
     python prepare_data.py stories.txt --separator='\\n\\n\\n' --vocab_size=4096
     python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, from tiktoken
 
-The pipeline: documents -> clean -> train and val -> BPE -> tokens -> shards, meta.json. The text is
-read twice, once to train the BPE and once to encode; each document must fit in memory, but the
-whole text need not.
+Documents -> clean -> train and val -> BPE -> tokens -> shards, meta.json. The text is read twice,
+once to train the BPE and once to encode, one document at a time.
 """
 
 import argparse
@@ -33,7 +32,6 @@ import sys
 import sysconfig
 import time
 import unicodedata
-import urllib.parse
 import urllib.request
 from dataclasses import dataclass, fields
 
@@ -121,19 +119,17 @@ def find_files(inputs, skip=refuse):
 def download(url):
     """Downloads a URL into downloads/, unless it is already there; returns the path."""
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-    name = urllib.parse.urlsplit(url).path.rpartition("/")[2]
-    path = pathlib.Path("downloads", f"{digest}_{name}")
+    path = pathlib.Path("downloads", f"{digest}_{url.partition('?')[0].rpartition('/')[2]}")
     if path.exists():
         print(f"using {path}; delete it to download {url} again")
         return path
     print(f"downloading {url} to {path}")
+    path.parent.mkdir(exist_ok=True)
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            data = response.read()  # raises IncompleteRead if the connection drops
+            write_file(path, response.read())  # raises IncompleteRead if the connection drops
     except Exception as error:
         raise ValueError(f"{url}: cannot be downloaded ({error})") from error
-    path.parent.mkdir(exist_ok=True)
-    write_file(path, data)
     return path
 
 
@@ -567,8 +563,8 @@ def save_tokenizer(spec, folder):
         parts = ["".join(characters[b] for b in part) for part in bpe_encode(token, earlier)]
         vocab["".join(parts)] = earlier[token] = rank
         merges += [parts] if len(token) > 1 else []
-    how = {"special": True, "normalized": False, "single_word": False}
-    how |= {"lstrip": False, "rstrip": False}
+    flags = ("normalized", "single_word", "lstrip", "rstrip")
+    how = {"special": True, **dict.fromkeys(flags, False)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     whole = {
         "version": "1.0",
@@ -577,10 +573,9 @@ def save_tokenizer(spec, folder):
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
     }
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    write_file(
-        pathlib.Path(folder, "tokenizer.json"), json.dumps(whole, ensure_ascii=False).encode()
-    )
+    path = pathlib.Path(folder, "tokenizer.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(whole, ensure_ascii=False).encode())
 
 
 def read_tokenizer(folder):
@@ -591,24 +586,21 @@ def read_tokenizer(folder):
         return None
     with damaged(path):
         whole = json.loads(path.read_bytes())
-        before = {
-            "type": None,
-            "use_regex": True,
-            "add_prefix_space": True,
-            **(whole.get("pre_tokenizer") or {}),
-        }
-        cuts_alike = before["type"] == "ByteLevel" and before["use_regex"]
-        if not cuts_alike or before["add_prefix_space"] or whole.get("normalizer"):
+        split = {"use_regex": True, "add_prefix_space": True, **(whole["pre_tokenizer"] or {})}
+        how = (split.get("type"), split["use_regex"], split["add_prefix_space"])
+        if how != ("ByteLevel", True, False) or whole.get("normalizer"):
             raise ValueError("it does not cut text as GPT-2's does")
         vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
         vocab |= {token["content"]: token["id"] for token in whole["added_tokens"]}
-        merges = ["".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-        bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
         names, count = sorted(vocab, key=vocab.get), 256 + len(merges)
-        in_order = set(names[:256]) == set(bytes_of) and names[256:count] == merges
-        if not in_order or [vocab[name] for name in names] != list(range(len(names))):
+        merges = [
+            pair.replace(" ", "") if isinstance(pair, str) else "".join(pair) for pair in merges
+        ]
+        ids = [vocab[name] for name in names]
+        if names[256:count] != merges or ids != list(range(len(names))):
             raise ValueError("its tokens are not in the order bytes, merges, special tokens")
-        tokens = [bytes(bytes_of[c] for c in name).decode("latin-1") for name in names[:count]]
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        tokens = [bytes(byte_of[c] for c in name).decode("latin-1") for name in names[:count]]
     return {"name": "bpe", "tokens": tokens, "special_tokens": names[count:]}
 
 
@@ -626,66 +618,41 @@ def tokenizer_of(checkpoint, path):
 SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 
 
-class ShardWriter:
-    """Collects the tokens of one split and writes them as NumPy files, under temporary names."""
-
-    def __init__(self, folder, split, dtype):
-        self.folder, self.split, self.dtype = folder, split, dtype
-        self.parts, self.filled, self.digest = [], 0, hashlib.sha256()
-        self.stats = {"shards": [], "tokens": 0, "bytes": 0, "documents": 0}
-
-    def add(self, tokens):
-        self.parts.append(tokens.astype(self.dtype))
-        self.filled += len(tokens)
-        if self.filled >= SHARD_TOKENS:
-            self.flush()
-
-    def flush(self):
-        if self.parts:
-            name = f"{self.split}_{len(self.stats['shards']):05d}.npy"
-            shard = np.concatenate(self.parts)
-            with open(self.folder / f"{name}.tmp", "wb") as file:
-                np.save(file, shard)
-            self.digest.update(shard)
-            self.stats["shards"].append(name)
-            self.stats["tokens"] += len(shard)
-            self.parts, self.filled = [], 0
-
-
 def write_shards(documents, tokenizer, folder):
-    """Encodes (split, text), each with <|endoftext|> after it, into temporary shards -> meta.json
-    as a dict, which install() completes."""
+    """Encodes (split, text), each with <|endoftext|> after it, into shards under temporary names
+    -> meta.json as a dict, which install() completes."""
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
-    writers = {split: ShardWriter(folder, split, dtype) for split in ("train", "val")}
+    splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
+    waiting, digest = {split: [] for split in splits}, hashlib.sha256()
 
-    def parts():
-        for split, text in documents:
-            writers[split].stats["documents"] += 1
-            writers[split].stats["bytes"] += len(text.encode())
-            yield from ((split, part) for part in cut(text))
-            yield split, None  # the end of the document
+    def flush(split):
+        shard, stats = np.concatenate(waiting.pop(split)), splits[split]
+        stats["shards"].append(f"{split}_{len(stats['shards']):05d}.npy")
+        with open(folder / f"{stats['shards'][-1]}.tmp", "wb") as file:
+            np.save(file, shard)
+        digest.update(shard)
+        waiting[split] = []
 
     def encode(item):
-        _, part = item
-        if part is None:
-            return np.array([tokenizer.eot_token])
-        return tokenizer.encode_to_numpy(part, disallowed_special=())
+        _, text = item
+        if text is None:  # the end of a document
+            return np.array([tokenizer.eot_token], dtype)
+        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(dtype)
 
-    todo = parts()
+    parts = ((split, part) for split, text in documents for part in (*cut(text), None))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        while batch := list(itertools.islice(todo, 512)):
-            for (split, _), tokens in zip(batch, pool.map(encode, batch)):
-                writers[split].add(tokens)
-    for writer in writers.values():
-        writer.flush()
-    return {
-        "format": 2,
-        "vocab_size": tokenizer.n_vocab,
-        "eot_token": tokenizer.eot_token,
-        "dtype": dtype,
-        "digest": "".join(writer.digest.hexdigest() for writer in writers.values()),
-        "splits": {split: writer.stats for split, writer in writers.items()},
-    }
+        while batch := list(itertools.islice(parts, 512)):
+            for (split, text), tokens in zip(batch, pool.map(encode, batch)):
+                waiting[split].append(tokens)
+                splits[split]["tokens"] += len(tokens)
+                splits[split]["bytes"] += len((text or "").encode())
+                splits[split]["documents"] += text is None
+                if splits[split]["tokens"] >= SHARD_TOKENS * (len(splits[split]["shards"]) + 1):
+                    flush(split)
+    for split in filter(waiting.get, splits):
+        flush(split)
+    sizes = {"vocab_size": tokenizer.n_vocab, "eot_token": tokenizer.eot_token, "dtype": dtype}
+    return {"format": 2, **sizes, "digest": digest.hexdigest(), "splits": splits}
 
 
 def old_shards(folder):

@@ -14,6 +14,7 @@ With the same seed, a run on one CPU gives bit-identical weights, even if interr
 
 import contextlib
 import csv
+import glob
 import io
 import math
 import os
@@ -29,16 +30,7 @@ from torch import nn
 
 import prepare_data
 from gpt import GPT, GPTConfig, load_checkpoint, pick_device, pick_dtype, save_checkpoint
-from prepare_data import (
-    build_tokenizer,
-    damaged,
-    flag_parser,
-    lock,
-    open_data,
-    script,
-    tokenizer_of,
-    write_file,
-)
+from prepare_data import damaged, flag_parser, lock, open_data, script, write_file
 
 # --- settings: each one is a flag, as in --n_layer=6 ----------------------------------------------
 
@@ -101,9 +93,8 @@ class Windows:
     """Windows of block_size + 1 consecutive tokens, as an endless, reproducible sequence.
 
     Each epoch cuts the shards at a new offset, the phase, and shuffles the windows. No window
-    crosses a shard, and no token is a target twice in an epoch; in each shard, fewer than
-    2 * block_size tokens are left out. The n-th window depends on seed and n alone, so a run can
-    resume at any step, and several processes can share the work.
+    crosses a shard, which leaves out fewer than 2 * block_size tokens of each. The n-th window
+    depends on seed and n alone, so a run can resume at any step and several processes can share it.
     """
 
     def __init__(self, arrays, block_size, vocab_size, seed=0):
@@ -194,14 +185,6 @@ class Machine:
         torch.distributed.all_reduce(totals)
         return totals.tolist()
 
-    def agree(self, signals):
-        """The signal that any of the processes has caught, or None: the same in all of them."""
-        number = max(signals, default=0)
-        if self.world_size > 1:
-            number = torch.tensor(int(number), device=self.device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        return signal.Signals(int(number)) if number else None
-
     def wait(self):
         """Waits for all other processes."""
         if self.world_size > 1:
@@ -209,11 +192,17 @@ class Machine:
 
     def seed(self, *numbers):
         """Makes dropout depend on these numbers and the rank alone."""
-        number = int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0])
-        if self.device.type == "cpu":  # torch.manual_seed would seed every other device, too
-            torch.default_generator.manual_seed(number)
-        else:
-            torch.get_device_module(self.device).manual_seed(number)
+        torch.manual_seed(int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0]))
+
+
+def use_few_threads(model):
+    """Trains a model of under two million parameters on one thread, unless OMP_NUM_THREADS is set.
+
+    A second one gains at most 40 % there; but beside other work, threads wait for one another, and
+    training on two becomes three times as slow as on one.
+    """
+    if sum(p.numel() for p in model.parameters()) < 2e6 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 # --- the optimizer --------------------------------------------------------------------------------
@@ -257,8 +246,7 @@ def learning_rate_at(step, config):
 class Pretraining:
     """The task of predicting the next token of a data folder's text: see train()."""
 
-    curves = ("train_loss", "val_loss")  # of loss.png
-    stop, stats = None, {}  # see train()
+    curves, stats = ("train_loss", "val_loss"), {}  # see train()
 
     def __init__(self, config, machine, model, meta):
         self.config, self.machine, self.model, self.meta = config, machine, model, meta
@@ -333,18 +321,15 @@ class Pretraining:
         """Four lines about the size of the run."""
         config, gpt, total = self.config, self.model.config, self.model.num_params()
         windows = config.batch_size * config.gradient_accumulation_steps * self.machine.world_size
-        windows *= config.max_iters
-        tokens, epochs = windows * config.block_size, windows / self.windows.per_epoch
+        tokens = windows * config.max_iters * config.block_size
+        epochs = windows * config.max_iters / self.windows.per_epoch
         # 2 operations for each weight and token forward, 4 backward; and attention's two products
         matrices = total - (0 if gpt.tie_weights else gpt.vocab_size * gpt.n_embd)
         flops = 6 * matrices + 12 * gpt.n_layer * gpt.n_embd * config.block_size
         print(f"{total:,} parameters, on {self.machine.device} in {config.dtype}")
         print(f"{tokens:,} tokens of training: {epochs:.1f} epochs")
         print(f"{flops * tokens:.1e} floating-point operations: {flops:,} per token")
-        print(
-            f"{tokens / total:.1f} tokens per parameter; about 20 is compute-optimal "
-            "(Hoffmann et al. 2022)"
-        )
+        print(f"{tokens / total:.1f} tokens per parameter; 20 is optimal (Hoffmann et al. 2022)")
 
 
 def perplexity(loss):
@@ -356,7 +341,7 @@ def perplexity(loss):
 
 
 def train(config, machine, task, saved=None):
-    """Trains task.model for max_iters steps, or until a signal, config.patience or task.stop.
+    """Trains task.model for max_iters steps, or until a signal or config.patience ends it.
 
     task.updates(state)     yields generators of losses, each of which makes one update;
                             adds to state["examples"] and state["tokens"]
@@ -364,18 +349,16 @@ def train(config, machine, task, saved=None):
     task.checkpoint()       what last.pt holds besides the state of the run; and what best.pt holds:
     task.best_checkpoint()
     task.stats              other columns; task.curves names those that loss.png shows
-    task.stop               a reason to stop early, or None
 
     saved is the last.pt to resume from; the model has its weights already.
     """
-    betas = (config.beta1, config.beta2)
-    optimizer = configure_optimizer(
-        task.model, config.learning_rate, config.weight_decay, betas, task.lr_scales
-    )
+    rates = (config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
+    optimizer = configure_optimizer(task.model, *rates, task.lr_scales)
     state = restore(saved, config, optimizer, machine.scaler)
-    losses, clock, stop = [], time.perf_counter(), out_of_patience(state, config)
+    losses, clock = [], time.perf_counter()
+    use_few_threads(task.model)
     with stop_signals(machine) as signals:
-        while state["step"] < config.max_iters and not stop:
+        while state["step"] < config.max_iters and not out_of_patience(state, config):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(state["step"], config) * group["lr_scale"]
             machine.seed(config.seed, state["step"])
@@ -392,24 +375,20 @@ def train(config, machine, task, saved=None):
                 optimizer.zero_grad(set_to_none=True)
             state["step"] += 1
 
-            stop = machine.agree(signals) or task.stop  # a signal saves without evaluating
-            is_last = task.stop or state["step"] == config.max_iters
+            interrupted = machine.sum(len(signals))[0] > 0  # in any process
+            is_last = state["step"] == config.max_iters
             evaluates = is_last or state["step"] % config.eval_interval == 0
-            if evaluates or stop or state["step"] % config.log_interval == 0:
-                row = summarize(config, machine, task, state, losses, norm, clock)
-                if evaluates:
-                    row |= task.evaluate()
-                state["rows"].append(row)
-                print_row(row, config)
-                if evaluates or stop:
+            if evaluates or interrupted or state["step"] % config.log_interval == 0:
+                row = summarize(config, machine, state, losses, norm, clock)
+                metrics = task.stats | (task.evaluate() if evaluates else {})
+                state["rows"].append(row | metrics)
+                print_progress(row, metrics, config)
+                if evaluates or interrupted:
                     save(config, machine, task, optimizer, state)
-                    stop = stop or out_of_patience(state, config)
                 losses, clock = [], time.perf_counter()  # evaluation is not timed
-    if isinstance(stop, signal.Signals):
-        print(f"stopped after step {state['step']}; --init_from=resume continues from there")
-        raise SystemExit(128 + stop)
-    if stop:
-        print(f"stopped after step {state['step']}: {stop}")
+            if interrupted:
+                print(f"saved step {state['step']}; --init_from=resume continues from there")
+                raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 
 
 def restore(saved, config, optimizer, scaler):
@@ -424,13 +403,19 @@ def restore(saved, config, optimizer, scaler):
                 scaler.load_state_dict(saved["scaler"])
             state |= saved["state"]
     if state["step"] >= config.max_iters:
-        print(
-            f"{config.out_dir} is already at step {state['step']}; use --max_iters to train longer"
-        )
+        print(f"{config.out_dir} is already at step {state['step']}: see --max_iters")
     return state
 
 
-def summarize(config, machine, task, state, losses, norm, clock):
+def out_of_patience(state, config):
+    """Whether the last config.patience evaluations brought no improvement."""
+    is_out = 0 < config.patience <= state["evaluations_since"]
+    if is_out:
+        print(f"no improvement in {config.patience} evaluations (--patience)")
+    return is_out
+
+
+def summarize(config, machine, state, losses, norm, clock):
     """The row of metrics.csv about the steps since the last one, which began at clock. Raises
     ValueError if losses or gradients are not finite, so that no such weights are ever saved."""
     loss = machine.sum(torch.stack(losses).mean().item())[0] / machine.world_size
@@ -451,20 +436,16 @@ def summarize(config, machine, task, state, losses, norm, clock):
         "train_loss": loss,
         "grad_norm": norm,
         "tokens_per_s": round((state["tokens"] - earlier) / seconds),
-        **task.stats,
     }
 
 
-def print_row(row, config):
-    """Shows a row; on a terminal the next one replaces it, unless it has an evaluation."""
-    step, tokens_per_s = row["step"], row["tokens_per_s"]
-    left = (config.max_iters - step) * row["seconds"] / step
-    head = ("step", "tokens", "seconds", "lr", "train_loss", "grad_norm", "tokens_per_s")
-    metrics = format_metrics({name: row[name] for name in row if name not in head})
-    line = f"step {step:5}/{config.max_iters}  loss {row['train_loss']:.3f}  "
-    line += f"{tokens_per_s:,} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left  {metrics}"
-    is_live = sys.stdout.isatty() and "val_loss" not in row
-    print(line, end="\r" if is_live else "\n", flush=True)
+def print_progress(row, metrics, config):
+    """Prints a line; on a terminal, the next one replaces it unless it has an evaluation."""
+    left = (config.max_iters - row["step"]) * row["seconds"] / row["step"]
+    line = f"step {row['step']:5}/{config.max_iters}  loss {row['train_loss']:.3f}  "
+    line += f"{row['tokens_per_s']:,} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left  "
+    is_live = sys.stdout.isatty() and "val_loss" not in metrics
+    print(line + format_metrics(metrics), end="\r" if is_live else "\n", flush=True)
 
 
 def format_metrics(metrics):
@@ -473,13 +454,13 @@ def format_metrics(metrics):
 
 def save(config, machine, task, optimizer, state):
     """Writes best.pt if the validation loss is the lowest so far, then last.pt with everything
-    needed for the next step. Rank 0 writes for all. The first save of a run moves an earlier one
-    aside, now that there is something to put in its place."""
-    val_loss = state["rows"][-1].get("val_loss")
-    is_best = val_loss is not None and val_loss < state["best_val_loss"]
+    needed for the next step. The first save of a run moves an earlier one aside, now that there is
+    something to put in its place."""
+    val_loss = state["rows"][-1].get("val_loss", math.nan)  # nan: a signal, without an evaluation
+    is_best = val_loss < state["best_val_loss"]
     if is_best:
         state |= {"best_val_loss": val_loss, "evaluations_since": 0}
-    elif val_loss is not None:
+    elif val_loss >= state["best_val_loss"]:
         state["evaluations_since"] += 1
     if machine.rank > 0:
         return
@@ -528,13 +509,6 @@ def write_metrics(folder, rows, curves):
     write_file(folder / "loss.png", picture.getvalue())
 
 
-def out_of_patience(state, config):
-    """The reason to stop if the last evaluations were no better than one before them, or None."""
-    if config.patience and state["evaluations_since"] >= config.patience:
-        return f"validation loss has not improved in {config.patience} evaluations (--patience)"
-    return None
-
-
 @contextlib.contextmanager
 def stop_signals(machine):
     """Yields a list of the signals caught: the first Ctrl-C or SIGTERM asks for a stop after the
@@ -544,7 +518,7 @@ def stop_signals(machine):
     def catch(number, frame):
         if machine.world_size == 1:
             signal.signal(number, earlier[number])
-        caught.append(signal.Signals(number))
+        caught.append(number)
 
     earlier = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -568,10 +542,7 @@ def load_run(config_class, flags):
 
 def load_data(folder):
     """Opens the data folder; creates the default one if it is missing or empty."""
-    visible = (
-        [name for name in os.listdir(folder) if name[0] != "."] if os.path.isdir(folder) else []
-    )
-    if folder == TrainConfig.data and not visible:
+    if folder == TrainConfig.data and not glob.glob(f"{folder}/*"):
         print(f"no {folder}/ yet: preparing the default, the manual that comes with Python")
         prepare_data.main([f"--out={folder}"])
     return open_data(folder)
@@ -584,10 +555,10 @@ def make_model(config, flags, meta, checkpoint, resumes):
         shape = {name: getattr(config, name) for name in MODEL_FLAGS}
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
     path = config.out_dir if resumes else config.init_from
-    spec = tokenizer_of(checkpoint, path)
+    spec = prepare_data.tokenizer_of(checkpoint, path)
     if spec != meta["tokenizer"]:  # GPT-2's has two names
-        ours, theirs = (build_tokenizer(s)._mergeable_ranks for s in (spec, meta["tokenizer"]))
-        if ours != theirs:
+        build = prepare_data.build_tokenizer
+        if build(spec)._mergeable_ranks != build(meta["tokenizer"])._mergeable_ranks:
             raise ValueError(
                 f"{config.data} and {path} have different tokenizers; prepare the text with "
                 "--tokenizer=gpt2 for GPT-2, or --tokenizer=FOLDER, the data folder that the "
