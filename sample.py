@@ -24,21 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import prepare_data
 from gpt import GPT, attention_weights, load_checkpoint, pick_device, pick_dtype
-from prepare_data import (
-    build_tokenizer,
-    chat_prompt,
-    clean,
-    damaged,
-    default_template,
-    flag_parser,
-    save_tokenizer,
-    script,
-    token_bytes,
-    token_label,
-    tokenizer_of,
-    write_file,
-)
+from prepare_data import clean, damaged, token_bytes, token_label
 
 
 @dataclass
@@ -61,38 +49,34 @@ class SampleConfig:
 
 
 def load_model(config):
-    """-> model, tokenizer, checkpoint, in which "tokenizer" is the spec of the tokenizer.
-
-    Rows that only pad the vocabulary are cropped so that they are never sampled.
-    """
+    """-> model, tokenizer, checkpoint, in which "tokenizer" is the spec of the tokenizer."""
     checkpoint, device = load_checkpoint(config.init_from), pick_device(config.device)
-    checkpoint["tokenizer"] = tokenizer_of(checkpoint, config.init_from)
-    tokenizer = build_tokenizer(checkpoint["tokenizer"])
+    checkpoint["tokenizer"] = prepare_data.tokenizer_of(checkpoint, config.init_from)
+    tokenizer = prepare_data.build_tokenizer(checkpoint["tokenizer"])
     with damaged(config.init_from):
         model = GPT.from_checkpoint(checkpoint)
-        if model.config.vocab_size > tokenizer.n_vocab:
-            model.resize(vocab_size=tokenizer.n_vocab)
+        # rows that only pad the vocabulary are never to be sampled
+        model.resize(vocab_size=min(tokenizer.n_vocab, model.config.vocab_size))
     if config.dtype not in ("", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
-    if is_small := model.config.n_embd < 512:
-        # threads gain a tenth; on a busy machine, where they wait for one another, they lose 95 %
+    # a small model's products are too short to repay conversions, or threads, which wait for one
+    # another beside other work
+    is_small = model.config.n_embd < 512
+    if is_small:
         torch.set_num_threads(1)
-    # a small model's matrix products are too short to repay the conversion
     dtype = torch.float32 if is_small else pick_dtype(device)
-    dtype = getattr(torch, config.dtype) if config.dtype else dtype
-    return model.to(device, dtype), tokenizer, checkpoint
+    model.to(device, getattr(torch, config.dtype) if config.dtype else dtype)
+    return model, tokenizer, checkpoint
 
 
 def write(model, tokenizer, tokens, config, generator, num_samples=1):
     """Continues tokens num_samples times; prints the first text as it is generated. Returns the
-    texts and the number of tokens. Ctrl-C stops generation.
-
-    The bytes of a character that is split across tokens are held until it is complete.
-    """
+    texts and the number of tokens. Ctrl-C stops generation."""
     block_size, end = model.config.block_size, tokenizer.eot_token
     if len(tokens) > block_size:
         note = f"the prompt has {len(tokens)} tokens; the model sees only the last {block_size}"
         print(f"note: {note}", file=sys.stderr)
+    # a decoder holds the bytes of a character that is split across tokens until it is complete
     utf8 = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
     texts, count = [""] * num_samples, 0
     idx = torch.tensor([tokens] * num_samples, device=model.lm_head.weight.device)
@@ -129,9 +113,11 @@ def fitting_prompt(messages, tokenizer, template, limit):
     kept, and a single overlong message keeps only its end."""
     head = [message for message in messages if message["role"] == "system"]
     rest = messages[len(head) :]
-    while len(tokens := chat_prompt(head + rest, tokenizer, template)) > limit and len(rest) > 1:
-        rest = rest[2:]  # a question and its answer
-    return tokens[-limit:]
+    while True:
+        tokens = prepare_data.chat_prompt(head + rest, tokenizer, template)
+        if len(tokens) <= limit or len(rest) == 1:
+            return tokens[-limit:]
+        rest = rest[2:]  # without the oldest question and its answer
 
 
 def chat(model, tokenizer, template, config, generator):
@@ -177,13 +163,13 @@ def draw_attention(model, tokenizer, text, path):
     figure.supylabel("query")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png")
-    write_file(path, picture.getvalue())
+    prepare_data.write_file(path, picture.getvalue())
 
 
 @torch.no_grad()
 def print_surprise(model, tokenizer, text):
-    """Prints, for each token of text that fits the context, its probability and rank, and the most
-    likely tokens."""
+    """Prints the probability and rank of each token of text that fits the context, and the tokens
+    that were most likely."""
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)][: model.config.block_size + 1]
     idx = torch.tensor([tokens[:-1]], device=model.lm_head.weight.device)
     print(f"{'token':16}{'probability':>11}{'rank':>7}  most likely")
@@ -200,10 +186,10 @@ def print_surprise(model, tokenizer, text):
 
 
 def main(argv=None):
-    config = SampleConfig(**vars(flag_parser(SampleConfig, __doc__).parse_args(argv)))
-    prompt = config.start
+    parser = prepare_data.flag_parser(SampleConfig, __doc__)
+    config = SampleConfig(**vars(parser.parse_args(argv)))
+    prompt, path = config.start, pathlib.Path(config.start.removeprefix("FILE:"))
     if prompt.startswith("FILE:"):
-        path = pathlib.Path(prompt.removeprefix("FILE:"))
         with damaged(path):
             prompt = clean(path.read_bytes().decode())
     if not prompt and (config.attention or config.surprise or config.start):
@@ -215,10 +201,10 @@ def main(argv=None):
     if config.surprise:
         print_surprise(model, tokenizer, prompt)
     if config.chat:
-        template = checkpoint.get("template") or default_template(tokenizer)
+        template = checkpoint.get("template") or prepare_data.default_template(tokenizer)
         chat(model, tokenizer, template, config, generator)
     if config.save_pretrained:
-        save_tokenizer(checkpoint["tokenizer"], config.save_pretrained)
+        prepare_data.save_tokenizer(checkpoint["tokenizer"], config.save_pretrained)
         model.float().save_pretrained(config.save_pretrained, tokenizer.eot_token)
         print(f"wrote model and tokenizer to {config.save_pretrained}")
     if not (config.attention or config.surprise or config.chat or config.save_pretrained):
@@ -226,4 +212,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    script(main)
+    prepare_data.script(main)
