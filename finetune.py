@@ -12,9 +12,7 @@
     python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
 
 The loop is train.train(). A task turns a row of a file into an example, and a batch of examples
-into terms: a loss, and whatever else is measured. Read on in this order: LoRA; what all tasks
-share; the tasks, from classification to reinforcement learning; files, examples and batches; main.
-best.pt is a complete model, with any LoRA weights merged in.
+into terms: a loss, and whatever else is measured. best.pt is a complete model, LoRA merged in.
 """
 
 import collections
@@ -207,10 +205,8 @@ class Task:
         return to_row(parts, self.block_size, learned)
 
     def collate(self, examples):
-        """Their rows -> idx (R, T), targets (R, T), and where the last token of each is, (R,).
-
-        Padding comes after a row, where causal attention ignores it.
-        """
+        """Their rows -> idx, targets (R, T), padded at the end, where causal attention ignores it, and
+        where the last token of each is, (R,)."""
         rows = [row for example in examples for row in example["rows"]]
         length, last = max(len(idx) for idx, _ in rows), [len(idx) - 1 for idx, _ in rows]
         idx = [idx + [self.end] * (length - len(idx)) for idx, _ in rows]
@@ -867,26 +863,23 @@ def read_rows(path, columns=()):
     kind = path.suffix.lower()
     if kind in (".jsonl", ".json"):
         yield from prepare_data.read_json(path)
-    elif kind not in (".csv", ".tsv"):
+        return
+    if kind not in (".csv", ".tsv"):
         raise ValueError(f"{path}: give a .jsonl, .json, .csv or .tsv file")
-    else:
-        with damaged(path):
-            text = path.read_bytes().decode("utf-8-sig")
-            first = text.partition("\n")[0]
-            delimiter = "\t" if kind == ".tsv" else ";" if "," not in first else ","
-            quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
-            lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
-            rows = [(f"{path}, line {lines.line_num}", row) for row in lines if row]
-        names = [name.strip().lower() for name in rows[0][1]] if rows else []
-        known = {column.lower() for column in columns}
-        if kind == ".tsv" and len(names) == len(columns) and known.isdisjoint(names):
-            names = columns
-        else:
-            del rows[:1]
-        for where, row in rows:
-            if len(row) != len(names):
-                raise ValueError(f"{where}: {len(row)} columns, but {len(names)} names")
-            yield where, dict(zip(names, row))
+    with damaged(path):
+        text = path.read_bytes().decode("utf-8-sig")
+        delimiter = "\t" if kind == ".tsv" else "," if "," in text.partition("\n")[0] else ";"
+        quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
+        lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
+        rows = [(f"{path}, line {lines.line_num}", row) for row in lines if row]
+    names = [name.strip().lower() for name in rows[0][1]] if rows else []
+    is_known = not {column.lower() for column in columns}.isdisjoint(names)
+    has_header = kind == ".csv" or len(names) != len(columns) or is_known
+    names = names if has_header else columns
+    for where, row in rows[has_header:]:
+        if len(row) != len(names):
+            raise ValueError(f"{where}: {len(row)} columns, but {len(names)} names")
+        yield where, dict(zip(names, row))
 
 
 def text_of(row, *names):

@@ -338,8 +338,8 @@ def cut(text, length=1 << 16):
 def count_pieces(texts):
     """Cuts texts by SPLIT and counts the distinct pieces: {piece: how often}.
 
-    Words with the punctuation before them are counted first. No piece spans the end of a word, so
-    this is exact, and there are few distinct words to cut.
+    Words with the punctuation before them are counted first: no piece spans the end of a word, and
+    there are few distinct words to cut.
     """
     words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
@@ -394,10 +394,8 @@ def train_bpe(texts, vocab_size):
 
 
 def count_pairs(pieces, counts):
-    """How often each pair of neighbors occurs, and the indices of the pieces that contain it.
-
-    A piece stays listed even after it loses the pair; this is harmless.
-    """
+    """How often each pair of neighbors occurs, and the indices of the pieces that contain it (a piece
+    stays listed after it loses the pair; this is harmless)."""
     pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
     for i, piece in enumerate(pieces):
         for pair in map(str.__add__, piece, piece[1:]):
@@ -443,10 +441,8 @@ def bpe_encode(data, ranks):
 
 
 def bpe_spec(ranks):
-    """The JSON-able description of a BPE trained here, for meta.json and checkpoints.
-
-    Tokens are in order of rank, one character per byte; the special tokens come after them.
-    """
+    """The description of a BPE trained here, for meta.json and checkpoints: its tokens in order of
+    rank, one character per byte, and the special tokens, which come after them."""
     tokens = [token.decode("latin-1") for token in ranks]
     return {"name": "bpe", "tokens": tokens, "special_tokens": [END_OF_TEXT, *ROLES]}
 
@@ -619,8 +615,8 @@ SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 
 
 def write_shards(documents, tokenizer, folder):
-    """Encodes (split, text), each with <|endoftext|> after it, into shards under temporary names
-    -> meta.json as a dict, which install() completes."""
+    """Encodes (split, text), each with <|endoftext|> after it, into shards under temporary names.
+    Returns meta.json as a dict, which install() completes."""
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
@@ -680,11 +676,8 @@ def install(meta, folder):
 
 
 def open_data(folder):
-    """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards.
-
-    Raises FileNotFoundError or ValueError if the folder does not exist, is incomplete, or was not
-    written by this script.
-    """
+    """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards. Raises
+    FileNotFoundError or ValueError if the folder is missing, incomplete, or not one of ours."""
     path = pathlib.Path(folder, "meta.json")
     if not path.exists():
         is_text = os.path.isfile(folder)
@@ -710,9 +703,7 @@ def open_data(folder):
 
 
 def named_tokenizer(name):
-    """The spec of the tokenizer that --tokenizer names; None for "bpe", which is to be trained."""
-    if name == "bpe":
-        return None
+    """The spec of the tokenizer that --tokenizer names."""
     spec = {"name": name}
     if os.path.isdir(name) and name not in tiktoken.list_encoding_names():
         spec = read_tokenizer(name) or open_data(name)["tokenizer"]
@@ -748,12 +739,11 @@ def prepare(inputs, config):
     """Writes the data folder and prints a summary."""
     folder, skipped, dropped = pathlib.Path(config.out), [], collections.Counter()
     old_shards(folder)  # a folder that is not ours is reported before the long work
-    spec = named_tokenizer(config.tokenizer)
+    spec = None if config.tokenizer == "bpe" else named_tokenizer(config.tokenizer)
     files = find_files(inputs, skipped.append)
     if inputs and not files:
         raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files found")
-    if spec is None:
-        # what is skipped and dropped is reported by the second pass
+    if spec is None:  # a first pass, which leaves the report to the second
         documents = split_documents(files, config, lambda reason: None, collections.Counter())
         size = sum(path.stat().st_size for path in files)
         spec = train_tokenizer(with_progress(documents, "reading"), size, config)
@@ -821,10 +811,8 @@ def parse_value(kind, text):
 
 
 def script(main):
-    """Runs main; bad input ends it with one line on standard error and exit code 2.
-
-    Bad input is a ValueError or OSError, or an overflow or out-of-memory error of Python or torch.
-    """
+    """Runs main; bad input ends it with one line on standard error and exit code 2: a ValueError or
+    OSError, or an overflow or out-of-memory error of Python or torch."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if the shell closed it)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

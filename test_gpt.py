@@ -193,6 +193,15 @@ def test_attention_written_out_computes_what_the_fused_kernel_does(n_new):
     assert_close(written_out.float(), fused, atol=0.03, rtol=0.03)
 
 
+def test_fast_dropout_drops_its_share_scales_the_rest_and_draws_anew():
+    x = torch.full((100, 999), 3.0)
+    once, again = (gpt.fast_dropout(x, 0.2) for _ in range(2))
+    assert (once == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    assert_close(once[once != 0].unique(), torch.tensor([3 / 0.8]), rtol=1e-4, atol=0)
+    assert not torch.equal(once, again)
+    assert gpt.fast_dropout(x, 0.2, training=False) is x
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_on_attention_weights_keeps_their_mean(dtype):
     q, k, v = torch.zeros(3, 1000, 1, 8, 8, dtype=dtype)
@@ -1031,10 +1040,18 @@ def test_tokens_that_only_pad_the_vocabulary_are_never_sampled(base, tmp_path):
     assert load_for_sampling(tmp_path)[0](tokens(4, 8)).size(-1) == known
 
 
-def test_small_models_are_sampled_on_one_thread(base):
+def test_small_models_are_trained_and_sampled_on_one_thread(base, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for use in (lambda: load_for_sampling(base), lambda: train.use_few_threads(tiny_model())):
+        torch.set_num_threads(2)
+        use()
+        assert torch.get_num_threads() == 1
     torch.set_num_threads(2)
-    load_for_sampling(base)
-    assert torch.get_num_threads() == 1
+    train.use_few_threads(GPT(GPTConfig(**{**TINY, "n_embd": 512})))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    train.use_few_threads(tiny_model())
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_complete(base, capsys, monkeypatch):
