@@ -74,7 +74,7 @@ class FinetuneConfig(RunConfig):
     loss_on_prompt: bool = False  # for instruct: learn the prompts, too
     beta: float = 0.1  # for dpo, ppo, grpo: the penalty for drifting from the reference model
     reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
-    group_size: int = 8  # for grpo: answers to a prompt
+    group_size: int = 0  # for ppo and grpo: answers to a prompt (0: 1 for ppo, 8 for grpo)
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -99,17 +99,12 @@ class LoRALinear(nn.Linear):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (B, T, rank)
         return super().forward(x) + F.linear(self.scale * low, self.lora_B)
 
-    def merged(self):
-        """The one matrix that computes the same."""
-        return self.weight + self.scale * self.lora_B @ self.lora_A
-
 
 def add_lora(gpt, rank, alpha, dropout):
     """Gives each projection of attention and MLP its pair of small matrices."""
-    for block in gpt.transformer.h:
-        for part in (block.attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                setattr(part, name, LoRALinear(linear, rank, alpha, dropout))
+    for name, module in list(gpt.transformer.h.named_modules()):
+        if isinstance(module, nn.Linear):
+            gpt.transformer.h.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
 
 
 def merged_weights(gpt):
@@ -117,7 +112,8 @@ def merged_weights(gpt):
     weights = {name: w for name, w in gpt.state_dict().items() if "lora_" not in name}
     for name, module in gpt.named_modules():
         if isinstance(module, LoRALinear):
-            weights[f"{name}.weight"] = module.merged().detach()
+            product = module.scale * module.lora_B @ module.lora_A
+            weights[f"{name}.weight"] = (module.weight + product).detach()
     return weights
 
 
@@ -128,7 +124,7 @@ class Task:
     """What all tasks share of the interface that train() needs. Each task adds
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
-                      "text": what it is about, "group": see split_of, and more}
+                      "text": what it is about, and more}; "group" is added
     terms(examples)   -> {name: (N,)}: training minimizes the mean of "loss"; an evaluation reports
                       the mean of each
     """
@@ -136,6 +132,7 @@ class Task:
     # where the config has 0; the learning rate is for a model that is 128 wide
     defaults: ClassVar = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
     defaults |= {"max_new_tokens": 128}
+    columns = ("output",)  # with the answers
     has_head = False  # beside the language model's
     writes = False  # whether held-out prompts are answered, before and after training
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
@@ -162,20 +159,18 @@ class Task:
     def set_up(self):
         """Override to add anything beyond the model and the examples."""
 
-    # examples
-
     def default_rows(self):
         """(where, row) of the examples, if there is no --data."""
         return manual_answers()
 
     def encoded(self, path):
-        """The examples of a file, or the default ones."""
         columns = (self.config.label_field, self.config.text_field)
         for where, row in read_rows(path, columns) if path else self.default_rows():
             try:
-                yield self.encode(row)
+                example, group = self.encode(row), row.get("group")
             except Exception as error:
                 raise ValueError(f"{where}: {error}") from error
+            yield {**example, "group": str(example["text"] if group in (None, "") else group)}
 
     def read_examples(self):
         """{"train", "val", "test": examples}. Files for val and test are kept whole; without them,
@@ -184,11 +179,11 @@ class Task:
         for example in self.encoded(config.data):
             is_test = config.eval_only and config.data
             splits["test" if is_test else split_of(example["group"], config)].append(example)
-        for split, path in {"val": config.val, "test": config.test}.items():
-            splits[split] += self.encoded(path) if path and not config.eval_only else []
-        if not config.val:
-            splits["val"] = apart_from(splits["test"], splits["val"])
-        splits["train"] = apart_from(splits["val"] + splits["test"], splits["train"])
+        known = set()  # the groups and texts that are held out
+        for split, path in {"test": config.test, "val": config.val, "train": ""}.items():
+            new = [e for e in splits[split] if known.isdisjoint((e["group"], e["text"]))]
+            splits[split] = list(self.encoded(path)) if path and not config.eval_only else new
+            known |= {e[key] for e in splits[split] for key in ("group", "text")}
         counts = {split: len(examples) for split, examples in splits.items()}
         print(f"examples: {counts}; {self.too_long} were too long and were truncated")
         needed = ("test",) if config.eval_only else ("train", "val")
@@ -197,12 +192,21 @@ class Task:
         self.digest = hashlib.sha256(repr(splits).encode()).hexdigest()
         return splits
 
-    def row(self, messages, answer, learned="all answers"):
-        """A conversation -> idx, targets: see to_row."""
+    def encode(self, row):
+        example = conversation_of(row, *self.columns)
+        rows = [self.row(example["messages"], example[name]) for name in self.columns]
+        return {**example, "rows": rows}
+
+    def row(self, messages, answer):
+        """A conversation -> idx, targets: see to_row. A pair teaches its last answer only."""
         messages = [*messages, {"role": "assistant", "content": answer}]
         parts = prepare_data.chat_parts(messages, self.tokenizer, self.template)
         self.too_long += sum(len(part) for part, _ in parts) > self.block_size
-        return to_row(parts, self.block_size, learned)
+        if len(self.columns) == 2:
+            parts = [(part, False) for part, _ in parts[:-1]] + parts[-1:]
+        elif self.config.loss_on_prompt:
+            parts = [(part, True) for part, _ in parts]
+        return to_row(parts, self.block_size)
 
     def collate(self, examples):
         """Their rows -> idx, targets (R, T), padded at the end, where causal attention ignores it, and
@@ -212,8 +216,6 @@ class Task:
         idx = [idx + [self.end] * (length - len(idx)) for idx, _ in rows]
         targets = [targets + [-100] * (length - len(targets)) for _, targets in rows]
         return self.machine.put(*map(torch.tensor, (idx, targets, last)))
-
-    # the head of a classifier or a reward model
 
     def add_head(self, outputs, std, labels=None):
         """A linear layer that reads the last token of a text, the only one that has seen all of it.
@@ -229,19 +231,17 @@ class Task:
             hint = f"--task={config.task} trains one"
             raise ValueError(f"{config.init_from}: no head for this task; {hint}")
 
-    def scores(self, x, last):
-        """x (R, T, C), and where each row ends, (R,) -> (R, outputs)."""
-        return self.apply_head(x[torch.arange(len(x)), last])
+    def scores_of(self, examples):
+        """What the head says of each row, (R, outputs)."""
+        idx, _, last = self.collate(examples)
+        return self.apply_head(self.gpt.hidden(idx)[torch.arange(len(idx)), last])
 
     def apply_head(self, x):
         """In float32: bfloat16 would round scores to steps of about 0.03."""
         with torch.autocast(x.device.type, enabled=False):
             return self.model["head"](x.float())
 
-    # training
-
     def prepare(self):
-        """Decides which weights are trained, at which rate, in which batches and how many steps."""
         config, gpt = self.config, self.gpt
         gpt.requires_grad_(config.train == "all")
         if config.train == "last_block":
@@ -255,9 +255,9 @@ class Task:
         # found by trial: 5e-4 suits instructions at 128 wide, 3e-5 at GPT-2's 768; LoRA wants more
         rate = self.defaults["learning_rate"] * (3 if config.train == "lora" else 1)
         config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
-        lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
-        self.batches = Batches(lengths, config.batch_size, config.seed)
-        per_epoch = math.ceil(self.batches.per_epoch / max(1, config.gradient_accumulation_steps))
+        self.lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
+        per_step = config.batch_size * max(1, config.gradient_accumulation_steps)
+        per_epoch = math.ceil(len(self.lengths) / per_step)
         config.eval_interval = config.eval_interval or per_epoch
         config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
         check_counts(config)
@@ -266,19 +266,22 @@ class Task:
         print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
         print(f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}")
 
+    def batch(self, n):
+        numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
+        return [self.splits["train"][i] for i in numbers]
+
     def count(self, example):
         """How many terms of the loss this example contributes."""
         return 1
 
     def updates(self, state):
-        """One update a step."""
         yield self.losses(state)
 
     def losses(self, state):
         """Yields a loss for each micro-batch; their sum is the mean over all elements."""
         config, first = self.config, state["examples"] // self.config.batch_size
         numbers = range(first, first + config.gradient_accumulation_steps)
-        batches = [[self.splits["train"][i] for i in self.batches[n]] for n in numbers]
+        batches = [self.batch(n) for n in numbers]
         total = sum(self.count(example) for batch in batches for example in batch)
         for batch in batches:
             with self.machine.autocast():
@@ -299,10 +302,7 @@ class Task:
         self.measured.clear()
         return means
 
-    # measuring
-
     def in_batches(self, examples, function):
-        """Applies function to each batch, with dropout off."""
         self.model.eval()
         size = 2 * self.config.batch_size
         with torch.no_grad(), self.machine.autocast():
@@ -311,7 +311,6 @@ class Task:
         return found
 
     def measure(self, split):
-        """{name: mean over the split} of the terms."""
         parts = self.in_batches(self.splits[split], self.terms)
         return {name: torch.cat([p[name] for p in parts]).mean().item() for name in parts[0]}
 
@@ -323,8 +322,6 @@ class Task:
         for split in ("val", "test"):
             if self.splits[split]:
                 print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
-
-    # checkpoints
 
     def checkpoint(self):
         return {"model": self.model.state_dict(), "examples": self.digest}
@@ -340,23 +337,18 @@ class Task:
         if "head" in best:
             self.model["head"].load_state_dict(best["head"])
 
-    # answers to prompts
-
     def prompt(self, messages):
         """Tokenizes a conversation; of a long one, only the end, to leave room for an answer."""
         limit = self.block_size - min(self.config.max_new_tokens, self.block_size // 2)
         return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
 
-    def answers(self, messages, temperature=1.0, generator=None):
+    def answers(self, messages, temperature=1.0):
         """The model's answers to these conversations, in tokens, with the end token if they end."""
-        prompts, answers = list(map(self.prompt, messages)), {}
-        same_length = collections.defaultdict(list)
-        for i, prompt in enumerate(prompts):
-            same_length[len(prompt)].append(i)  # one batch: no padding before the answer
-        for numbers in same_length.values():
+        prompts, answers, limit = list(map(self.prompt, messages)), {}, self.config.max_new_tokens
+        for length in sorted(set(map(len, prompts))):  # in one batch: no padding before answers
+            numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             (idx,) = self.machine.put(torch.tensor([prompts[i] for i in numbers]))
-            how = {"temperature": temperature, "stop_token": self.end, "generator": generator}
-            steps = self.gpt.eval().generate(idx, self.config.max_new_tokens, **how)
+            steps = self.gpt.eval().generate(idx, limit, temperature, stop_token=self.end)
             for i, tokens in zip(numbers, torch.stack(list(steps), dim=1).tolist()):
                 stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
                 answers[i] = tokens[:stop]
@@ -382,21 +374,12 @@ class Task:
             write_file(folder / "responses.jsonl", text.encode())
 
 
-def log_probs_and_states(gpt, idx, targets):
-    """-> log p of the targets that are learned, (N,), and the states that predict them, (N, C)."""
-    learned = targets != -100
-    x = gpt.hidden(idx)[learned]
-    return -next_token_losses(gpt.lm_head, x, targets[learned]), x
-
-
-def spread(values, mask):
-    """Values (N,) at the N places of mask (R, T), 0 elsewhere -> (R, T)."""
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
-
-
 def token_log_probs(gpt, idx, targets):
-    """log p of each target, (R, T), and 0 where there is none. A row's sum is an answer's."""
-    return spread(log_probs_and_states(gpt, idx, targets)[0], targets != -100)
+    """log p of each target, (R, T), 0 where there is none, and the states that predict them,
+    (R, T, C). The sum of a row is the log p of its answer."""
+    mask, x = targets != -100, gpt.hidden(idx)
+    log_probs = -next_token_losses(gpt.lm_head, x[mask], targets[mask])
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs), x
 
 
 # --- classification -------------------------------------------------------------------------------
@@ -433,13 +416,13 @@ class Classify(Task):
         tokens = self.tokenizer.encode_ordinary(text)
         self.too_long += len(tokens) > self.block_size
         rows = [to_row([(tokens, True)], self.block_size)]
-        return {"rows": rows, "group": group_of(row, text), "text": text, "label": label}
+        return {"rows": rows, "text": text, "label": label}
 
     def terms(self, examples):
         config, (idx, targets, last) = self.config, self.collate(examples)
         labels = torch.tensor([self.labels.index(e["label"]) for e in examples], device=idx.device)
         x = self.gpt.hidden(idx)
-        scores = self.scores(x, last)
+        scores = self.apply_head(x[torch.arange(len(x)), last])
         label_loss = F.cross_entropy(scores, labels, reduction="none")
         accuracy = (scores.argmax(-1) == labels).float()
         if not self.model.training:
@@ -451,25 +434,19 @@ class Classify(Task):
             loss = label_loss + config.lm_weight * losses.view(targets.shape).sum(1) / counts
         return {"loss": loss, "label_loss": label_loss, "accuracy": accuracy}
 
-    def probabilities(self, examples):
-        idx, _, last = self.collate(examples)
-        return self.scores(self.gpt.hidden(idx), last).softmax(-1).cpu()  # (N, labels)
-
     def report(self, folder=None):
-        """Prints accuracy, macro F1 and the baseline of each split; and writes predictions.csv."""
         rows, n = [["split", "text", "label", "predicted", "probability"]], len(self.labels)
         for split in filter(self.splits.get, ("val", "test")):
             examples = self.splits[split]
-            probability, predicted = torch.cat(self.in_batches(examples, self.probabilities)).max(1)
+            scores = torch.cat(self.in_batches(examples, self.scores_of)).cpu()
+            probability, predicted = scores.softmax(1).max(1)
             labels = torch.tensor([self.labels.index(e["label"]) for e in examples])
             confusion = torch.bincount(labels * n + predicted, minlength=n * n).view(n, n)
             right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
-            print(
-                f"\n{split:5} accuracy {right.sum() / len(labels):.4f}  "
-                f"macro F1 {(2 * right / sums)[sums > 0].mean():.4f}  "
-                f"(always predicting the most common label: "
-                f"{confusion.sum(1).max() / len(labels):.4f})"
-            )
+            accuracy, f1 = right.sum() / len(labels), (2 * right / sums)[sums > 0].mean()
+            common = confusion.sum(1).max() / len(labels)
+            print(f"\n{split:5} accuracy {accuracy:.4f}  macro F1 {f1:.4f}", end="  ")
+            print(f"(always predicting the most common label: {common:.4f})")
             if n <= 12:  # rows: labels, columns: predictions
                 for label, counts in zip(self.labels, confusion.tolist()):
                     print(f"{label[:20]:20}", *(f"{count:5}" for count in counts))
@@ -482,7 +459,8 @@ class Classify(Task):
 
     def predict(self, text):
         example = self.encode({self.config.text_field: text, self.config.label_field: "?"})
-        probability, i = self.in_batches([example], self.probabilities)[0][0].max(0)
+        (scores,) = self.in_batches([example], self.scores_of)
+        probability, i = scores[0].softmax(0).max(0)
         print(f"{self.labels[i]}  {probability:.4f}")
 
     def best_checkpoint(self):
@@ -498,17 +476,13 @@ class Instruct(Task):
     defaults: ClassVar = Task.defaults | {"learning_rate": 5e-4, "epochs": 2}
     writes = True
 
-    def encode(self, row):
-        example = conversation_of(row, "output")
-        learned = "all" if self.config.loss_on_prompt else "all answers"
-        return {**example, "rows": [self.row(example["messages"], example["output"], learned)]}
-
     def count(self, example):
         return sum(target != -100 for target in example["rows"][0][1])
 
     def terms(self, examples):
         idx, targets, _ = self.collate(examples)
-        return {"loss": -token_log_probs(self.gpt, idx, targets)[targets != -100]}
+        log_probs, _ = token_log_probs(self.gpt, idx, targets)
+        return {"loss": -log_probs[targets != -100]}
 
     def evaluate(self):
         metrics = super().evaluate()
@@ -530,7 +504,7 @@ class Choice(Task):
         parts = [[(start, False), (self.tokenizer.encode_ordinary(e), True)] for e in endings]
         rows = [to_row(part, self.block_size) for part in parts]
         lengths = [len(ending.encode()) for ending in endings]
-        return {"rows": rows, "text": text, "group": text, "label": label, "lengths": lengths}
+        return {"rows": rows, "text": text, "label": label, "lengths": lengths}
 
     def terms(self, examples):
         """Is the right ending the one with the highest log-probability, summed or per byte? (Much
@@ -538,7 +512,7 @@ class Choice(Task):
         found = {"loss": [], "accuracy": [], "accuracy_per_byte": []}
         for example in examples:
             idx, targets, _ = self.collate([example])
-            sums = token_log_probs(self.gpt, idx, targets).sum(1).cpu()
+            sums = token_log_probs(self.gpt, idx, targets)[0].sum(1).cpu()
             per_byte = sums / torch.tensor(example["lengths"])
             found["loss"].append(-sums.log_softmax(0)[example["label"]])
             found["accuracy"].append(sums.argmax() == example["label"])
@@ -549,28 +523,17 @@ class Choice(Task):
 # --- learning from preferences --------------------------------------------------------------------
 
 
-class Preferences(Task):
-    """Pairs of answers to a prompt, of which the first is preferred to the second."""
-
-    def encode(self, row):
-        example = conversation_of(row, "chosen", "rejected")
-        pair = (example["chosen"], example["rejected"])
-        return {**example, "rows": [self.row(example["messages"], a, "last answer") for a in pair]}
-
-
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
-    """Direct preference optimization: Rafailov et al. 2023, equation 7.
-
-    Takes log-probabilities of whole answers, (P,), under the model π and under its reference ρ, the
-    model at the start. Returns losses and margins, β[(log π/ρ)(chosen) − (log π/ρ)(rejected)].
-    """
+    """Rafailov et al. 2023, equation 7: log-probabilities of whole answers, (P,), under the model π
+    and the reference ρ -> losses, and margins β[(log π/ρ)(chosen) − (log π/ρ)(rejected)]."""
     margins = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
     return -F.logsigmoid(margins), margins
 
 
-class DPO(Preferences):
+class DPO(Task):
     """Makes the chosen answers more likely than the rejected ones, close to the reference."""
 
+    columns = ("chosen", "rejected")
     defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4}
     writes = True
 
@@ -579,29 +542,26 @@ class DPO(Preferences):
 
     def terms(self, examples):
         idx, targets, _ = self.collate(examples)  # chosen and rejected answers in turn
-        log_probs = token_log_probs(self.gpt, idx, targets).sum(1).view(-1, 2)  # (P, 2)
+        log_probs = token_log_probs(self.gpt, idx, targets)[0].sum(1).view(-1, 2)  # (P, 2)
         with torch.no_grad():
-            reference = token_log_probs(self.reference.eval(), idx, targets).sum(1).view(-1, 2)
+            reference = token_log_probs(self.reference, idx, targets)[0].sum(1).view(-1, 2)
         loss, margin = dpo_loss(*log_probs.T, *reference.T, self.config.beta)
         accuracy = (margin > 0) + 0.5 * (margin == 0)  # at the start all margins are 0
         terms = {"loss": loss, "accuracy": accuracy, "margin": margin}
         return {**terms, "chosen": log_probs[:, 0], "rejected": log_probs[:, 1]}
 
 
-class Reward(Preferences):
+class Reward(Task):
     """Scores answers; higher is better: Bradley-Terry, −log σ(r_chosen − r_rejected) (Ouyang
     et al. 2022, equation 1). In best.pt, and so in the final report, the scores of the training
     answers have mean 0 and standard deviation 1."""
 
+    columns = ("chosen", "rejected")
     has_head = True
 
     def set_up(self):
         # Stiennon et al. 2020, appendix B.1
         self.add_head(1, std=1 / math.sqrt(self.gpt.config.n_embd + 1))
-
-    def scores_of(self, examples):
-        idx, _, last = self.collate(examples)
-        return self.scores(self.gpt.hidden(idx), last)[:, 0]  # (R,)
 
     def terms(self, examples):
         chosen, rejected = self.scores_of(examples).view(-1, 2).T
@@ -618,7 +578,7 @@ class Reward(Preferences):
     def score(self, conversations):
         """[(messages, answer), ...] -> their scores, (N,), on the CPU."""
         examples = [{"rows": [self.row(*conversation)]} for conversation in conversations]
-        return torch.cat(self.in_batches(examples, self.scores_of)).cpu()
+        return torch.cat(self.in_batches(examples, self.scores_of))[:, 0].cpu()
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation given as a line of JSON."""
@@ -642,19 +602,13 @@ UNFINISHED = -1.0  # added to the score of an answer that does not end
 
 
 def advantages_of(rewards, values, mask):
-    """Generalized advantage estimation: Schulman et al. 2016, equation 16.
-
-    All (B, T): at t the state that predicts token t + 1; mask marks those whose token belongs to
-    the answer. A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 at the end.
-    """
-    advantages = torch.zeros_like(rewards)
-    next_advantage = next_value = torch.zeros_like(rewards[:, 0])  # both 0 outside the answer
+    """Generalized advantage estimation: Schulman et al. 2016, equation 16. All (B, T), where mask
+    marks the answer: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, V = 0 after it."""
+    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # V_{t+1}
+    advantages = F.pad((rewards + GAMMA * next_values - values) * mask, (0, 1))  # at first, δ
     for t in reversed(range(rewards.size(1))):
-        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
-        next_advantage = (delta + GAMMA * LAMBDA * next_advantage) * mask[:, t]
-        next_value = values[:, t] * mask[:, t]
-        advantages[:, t] = next_advantage
-    return advantages
+        advantages[:, t] += GAMMA * LAMBDA * advantages[:, t + 1] * mask[:, t]
+    return advantages[:, :-1]
 
 
 def whiten(values, mask):
@@ -680,10 +634,9 @@ class Policy(Task):
     """
 
     defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4, "max_new_tokens": 48}
-    defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1}
+    defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "group_size": 8}
     curves = ("score", "val_score")
     writes = True
-    group_size = 1  # answers to a prompt
 
     def set_up(self):
         path = self.config.reward_model  # a text to predict: load the head, but no examples
@@ -697,14 +650,11 @@ class Policy(Task):
         example = conversation_of(row)
         return {**example, "rows": [(self.prompt(example["messages"]), [])]}
 
-    def respond(self, examples, seed):
-        """Samples an answer to each at temperature 1, without truncation: from the policy itself.
-
-        Returns idx, targets (B, T), scores (B,), and whether the answers end, (B,).
-        """
-        generator = torch.Generator(self.machine.device).manual_seed(seed)
+    def respond(self, examples):
+        """Samples an answer to each from the policy as it is, without top_k or top_p -> idx,
+        targets (B, T), scores (B,), and whether the answers end, (B,)."""
         messages = [example["messages"] for example in examples]
-        answers = self.answers(messages, generator=generator)
+        answers = self.answers(messages)
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
         scores = self.score(list(zip(messages, map(self.text, answers)))) + UNFINISHED * ~ended
         parts = [[(e["rows"][0][0], False), (a, True)] for e, a in zip(examples, answers)]
@@ -713,31 +663,27 @@ class Policy(Task):
 
     @torch.no_grad()
     def compare(self, idx, targets):
-        """-> log π and log ρ of the targets, (B, T), where π is the policy and ρ the reference; the
-        sum of log π − log ρ over an answer estimates the KL. And π's states, (N, C)."""
-        learned = targets != -100
+        """-> log π and log ρ of the targets, (B, T), for the policy π and the reference ρ, and the
+        states of π, (B, T, C). An answer's sum of log π − log ρ estimates the KL."""
         self.model.eval()
         with self.machine.autocast():
-            log_probs, x = log_probs_and_states(self.gpt, idx, targets)
-            reference, _ = log_probs_and_states(self.reference.eval(), idx, targets)
+            log_probs, x = token_log_probs(self.gpt, idx, targets)
+            reference, _ = token_log_probs(self.reference, idx, targets)
         self.model.train()
-        return spread(log_probs, learned), spread(reference, learned), x
+        return log_probs, reference, x
 
     def updates(self, state):
-        """Samples answers, then yields an update for each part of them in each pass."""
-        config, numbers = self.config, self.batches[state["step"]]
-        examples = [self.splits["train"][i] for i in numbers for _ in range(self.group_size)]
-        seeds = np.random.SeedSequence((config.seed, state["step"]))
-        seed, rng = int(seeds.generate_state(1)[0]), np.random.default_rng(seeds)
-        idx, targets, scores, ended = self.respond(examples, seed)
+        batch = self.batch(state["step"])
+        examples = [example for example in batch for _ in range(self.config.group_size)]
+        idx, targets, scores, ended = self.respond(examples)  # train() has seeded this step
         mask = targets != -100
         log_probs, reference, x = self.compare(idx, targets)
         judged = self.judge(scores, mask, log_probs, reference, x)
         tensors = (idx, targets, log_probs, *judged)
         for _ in range(PASSES):
-            for part in np.array_split(rng.permutation(len(idx)), min(PARTS, len(idx))):
+            for part in torch.randperm(len(idx)).tensor_split(min(PARTS, len(idx))):
                 with self.machine.autocast():
-                    yield [self.loss(*(tensor[torch.from_numpy(part)] for tensor in tensors))]
+                    yield [self.loss(*(tensor[part] for tensor in tensors))]
         kl = (log_probs - reference).sum(1)
         self.record(score=scores, kl=kl, length=mask.sum(1), ended=ended)
         state["examples"] += len(examples)
@@ -745,15 +691,16 @@ class Policy(Task):
 
     def loss(self, idx, targets, old_log_probs, advantages, extra_targets):
         mask = targets != -100
-        log_probs, x = log_probs_and_states(self.gpt, idx, targets)
-        loss, clipped = clipped_loss(log_probs, old_log_probs[mask], advantages[mask])
-        name, extra, weight = self.extra_loss(extra_targets[mask], log_probs, x)
+        log_probs, x = token_log_probs(self.gpt, idx, targets)
+        loss, clipped = clipped_loss(log_probs[mask], old_log_probs[mask], advantages[mask])
+        name, extra, weight = self.extra_loss(extra_targets[mask], log_probs[mask], x[mask])
         self.record(**{"clipped": clipped, name: extra})
         return loss + weight * extra
 
     def measure(self, split):
         """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
-        idx, targets, scores, _ = self.respond(self.splits[split][:100], seed=0)
+        torch.manual_seed(0)
+        idx, targets, scores, _ = self.respond(self.splits[split][:100])
         log_probs, reference, _ = self.compare(idx, targets)
         score, kl = scores.mean().item(), (log_probs - reference).sum(1).mean().item()
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
@@ -763,7 +710,7 @@ class PPO(Policy):
     """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic predicts
     the expected score at each token, so credit is assigned per token."""
 
-    defaults: ClassVar = Policy.defaults | {"batch_size": 32}
+    defaults: ClassVar = Policy.defaults | {"batch_size": 32, "group_size": 1}
 
     def set_up(self):
         super().set_up()
@@ -773,7 +720,7 @@ class PPO(Policy):
         """-> whitened advantages and returns, (B, T). Each token costs β (log π − log ρ); the last
         one earns the score."""
         with torch.no_grad():
-            values = spread(self.apply_head(x)[:, 0], mask)
+            values = self.apply_head(x)[..., 0] * mask
         rewards = self.config.beta * (reference - log_probs)
         last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # where each answer ends
         rewards[torch.arange(len(rewards)), last] += scores
@@ -787,19 +734,12 @@ class PPO(Policy):
 
 class GRPO(Policy):
     """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"). Several answers to the
-    same prompt are compared: A_i = (s_i − mean s) / std s. Use it when each answer gets a single
-    score and sampling is cheap; use PPO when answers are long or sampling is expensive, since its
-    critic learns from every answer."""
-
-    def set_up(self):
-        super().set_up()
-        self.group_size = self.config.group_size
-        if self.group_size < 2:
-            raise ValueError(f"--group_size={self.group_size}: must be 2 or more")
+    same prompt are compared: A_i = (s_i − mean s) / std s. This suits cheap sampling; PPO, whose
+    critic learns from every answer, suits long or expensive answers."""
 
     def judge(self, scores, mask, log_probs, reference, x):
         """-> advantages, the same for all tokens of an answer, and log ρ, (B, T)."""
-        groups = scores.view(-1, self.group_size)
+        groups = scores.view(-1, self.config.group_size)
         advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         return advantages.view(-1, 1) * mask, reference
 
@@ -848,12 +788,6 @@ def split_of(group, config):
     return "test" if 0.1 <= place < 0.2 and not config.test else "train"
 
 
-def apart_from(held_out, examples):
-    """The examples that share no group and no text with a held-out one."""
-    known = {example[key] for example in held_out for key in ("group", "text")}
-    return [e for e in examples if known.isdisjoint((e["group"], e["text"]))]
-
-
 def read_rows(path, columns=()):
     """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}.
 
@@ -895,8 +829,8 @@ def text_of(row, *names):
 
 
 def conversation_of(row, *answers):
-    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; each of these answers; "text"
-    and "group", for split_of}. These rows are equivalent:
+    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; "text": the
+    same as one string; and each of these answers}. These rows are equivalent:
 
     {"instruction": "add", "input": "1 2", "output": "3"}     "prompt" is "instruction", too
     {"messages": [a user's message, the assistant's answer]}
@@ -906,8 +840,9 @@ def conversation_of(row, *answers):
     messages, said = row.get("prompt"), row.get("messages") or row.get("chosen")
     if not isinstance(messages, list) and isinstance(said, list):
         ends = [i for i, message in enumerate(said) if message["role"] == "assistant"]
-        # without answers to learn, a conversation that ends with a question is all prompt
-        messages = said[: ends[-1]] if ends and (answers or ends[-1] == len(said) - 1) else said
+        # a conversation that ends with a question is all prompt, unless the answer must be in it
+        holds_answer = said[-1]["role"] == "assistant" or not row.keys() >= {*answers}
+        messages = said[: ends[-1]] if ends and holds_answer else said
     if not isinstance(messages, list):
         text = text_of(row, "instruction", "prompt")
         text += f"\n\n### Input:\n{text_of(row, 'input')}" if row.get("input") else ""
@@ -917,7 +852,7 @@ def conversation_of(row, *answers):
     prompt = "\n".join(clean(message["content"]) for message in messages)
     if not prompt.strip():
         raise ValueError("there is no prompt")
-    example = {"messages": messages, "text": prompt, "group": group_of(row, prompt)}
+    example = {"messages": messages, "text": prompt}
     for name in answers:
         value = row.get(name, row.get("messages"))
         if isinstance(value, list):
@@ -926,48 +861,29 @@ def conversation_of(row, *answers):
     return example
 
 
-def group_of(row, text):
-    """The key that keeps related rows in one split: the row's "group", or else its text."""
-    return str(text if row.get("group") in (None, "") else row["group"])
+def to_row(parts, block_size):
+    """[(tokens, is_learned), ...] -> idx, targets: lists of one length, at most block_size. A
+    target is the token after its idx, or -100 if that one is not learned.
 
-
-def to_row(parts, block_size, learned="all answers"):
-    """[(tokens, is_answer), ...] -> idx, targets: lists of one length, at most block_size.
-
-    A target is the token after its idx, or -100 if that is not learned; learned is "all answers",
-    "last answer" or "all". A conversation that is too long loses the oldest tokens before its last
-    answer; if the answer alone is too long, it also loses its end.
+    What is too long loses its beginning, up to the last part; if that alone is too long, its end.
     """
     tokens = [token for part, _ in parts for token in part]
-    last = len(parts) - 1
-    flags = [
-        learned == "all" or (i == last if learned == "last answer" else is_answer)
-        for i, (part, is_answer) in enumerate(parts)
-        for _ in part
-    ]
-    targets = [token if flag else -100 for token, flag in zip(tokens[1:], flags[1:])] + [-100]
-    # from the last answer's first token on, whose state is the one before it
-    start = max(0, min(len(tokens) - block_size, len(tokens) - len(parts[last][0]) - 1))
-    return tokens[start : start + block_size], targets[start : start + block_size]
+    learned = [token if is_learned else -100 for part, is_learned in parts for token in part]
+    # the state that predicts the last part's first token is the one before it
+    start = max(0, min(len(tokens) - block_size, len(tokens) - len(parts[-1][0]) - 1))
+    end = start + block_size
+    return tokens[start:end], [*learned[1:], -100][start:end]
 
 
-class Batches:
-    """An endless, reproducible sequence of batches, each of examples of about the same length: an
-    epoch sorts them by length, with ±20% of random jitter. batches[n], the numbers of the examples
-    in it, depends on seed and n alone."""
-
-    def __init__(self, lengths, batch_size, seed):
-        self.lengths, self.batch_size, self.seed = np.array(lengths), batch_size, seed
-        self.per_epoch, self.epoch = math.ceil(len(lengths) / batch_size), None
-
-    def __getitem__(self, n):
-        epoch, i = divmod(n, self.per_epoch)
-        if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            order = np.argsort(self.lengths * rng.uniform(0.8, 1.2, len(self.lengths)))
-            batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-            self.batches, self.epoch = [batches[j] for j in rng.permutation(len(batches))], epoch
-        return self.batches[i]
+def batch_at(n, lengths, batch_size, seed):
+    """The n-th of an endless, reproducible sequence of batches, as numbers of examples. In each
+    epoch they are sorted by length, with ±20% of random jitter, so a batch needs little padding."""
+    per_epoch = math.ceil(len(lengths) / batch_size)
+    epoch, i = divmod(n, per_epoch)
+    rng = np.random.default_rng([seed, epoch])
+    order = np.argsort(lengths * rng.uniform(0.8, 1.2, len(lengths)))
+    first = rng.permutation(per_epoch)[i] * batch_size
+    return order[first : first + batch_size]
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -994,6 +910,8 @@ def settle(config):
     for name, value in task.defaults.items():  # the learning rate depends on the model's width
         if name != "learning_rate" and not getattr(config, name):
             setattr(config, name, value)
+    if task is GRPO and config.group_size < 2:
+        raise ValueError(f"--group_size={config.group_size}: must be 2 or more")
     out_dir = pathlib.Path(config.out_dir).resolve()
     for path in [config.init_from] + [config.reward_model] * issubclass(task, Policy):
         trains = not (config.predict or config.eval_only)
@@ -1030,8 +948,7 @@ def main(argv=None):
         else:
             print("before:", format_metrics(task.evaluate()), sep="  ")
         train(config, machine, task, saved)
-        if (folder / "best.pt").exists():
-            task.load_best(load_checkpoint(folder / "best.pt"))
+        task.load_best(load_checkpoint(folder / "best.pt"))
         task.report(folder)
         task.write_answers("after", folder)
 

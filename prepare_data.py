@@ -25,11 +25,9 @@ import json
 import math
 import os
 import pathlib
-import platform
 import pydoc_data.topics
 import re
 import sys
-import sysconfig
 import time
 import unicodedata
 import urllib.request
@@ -39,22 +37,17 @@ import numpy as np
 import regex  # knows \p{L}, which re does not
 import tiktoken
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat, after fine-tuning
 SHARD_TOKENS = 50_000_000  # approximate
-HELD_OUT = 0.1  # the share of the text in val; of the default corpus, twice that
+HELD_OUT = 0.1  # the share of the text that goes to val (of the default corpus, twice that)
 
 
 @dataclass
 class PrepareConfig:
     out: str = "data"  # folder to write
     tokenizer: str = "bpe"  # bpe (trained here), a tiktoken name, or a folder with a tokenizer
-    vocab_size: int = 1024  # bytes and merges of the trained BPE, plus 4 special tokens
+    vocab_size: int = 1024  # tokens of the trained BPE; 4 special tokens come on top
     bpe_sample_mb: int = 10  # how much text the BPE is trained on, MB
     text_field: str = "text"  # the JSON field that holds the text
     separator: str = END_OF_TEXT  # what separates the documents in a text file
@@ -80,21 +73,20 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
     for path in find_files(inputs, skip):
         try:
             if path.suffix.lower() in (".json", ".jsonl"):
-                yield from read_fields(path, text_field, skip)
+                for where, item in read_json(path, skip):
+                    if isinstance(item, dict) and isinstance(item.get(text_field), str):
+                        yield where, item[text_field]
+                    else:
+                        skip(f"{where}: no text in field {text_field!r} of {item!r:.80}")
                 continue
             for offset, data in split_file(path, separator.encode()):
-                where = f"{path}, document at byte {offset}"
-                if b"\0" in data[:8192]:  # UTF-8 text has none
-                    skip(f"{where}: binary data, not text in UTF-8")
-                    break  # give up on the whole file
                 try:
                     text = data.decode()
                     is_html = path.suffix.lower() in (".html", ".htm") or PAGE.match(text)
                     yield str(path), html_to_text(text) if is_html else text
-                except UnicodeDecodeError as error:
-                    skip(f"{where}: {error}; to convert it: iconv -f latin1 -t utf-8")
-                except AssertionError as error:  # of html.parser
-                    skip(f"{where}: broken HTML: {error}")
+                except (UnicodeDecodeError, AssertionError) as error:  # the latter of html.parser
+                    where = f"{path}, document at byte {offset}"
+                    skip(f"{where}: {error}; if it is not UTF-8: iconv -f latin1 -t utf-8")
         except OSError as error:
             skip(f"{path}: {error.strerror}")
 
@@ -109,7 +101,9 @@ def find_files(inputs, skip=refuse):
             files.append(path)
             continue
         if not path.is_dir():
-            raise ValueError(f"{path}: no such file or folder (a pipe can be read only once)")
+            raise ValueError(
+                f"{path}: no such file or folder (a pipe will not do: the text is read twice)"
+            )
         for folder, inside, names in os.walk(path, onerror=lambda error: skip(str(error))):
             inside[:] = sorted(name for name in inside if name[0] != ".")
             files += [pathlib.Path(folder, name) for name in sorted(names) if name[0] != "."]
@@ -131,16 +125,6 @@ def download(url):
     except Exception as error:
         raise ValueError(f"{url}: cannot be downloaded ({error})") from error
     return path
-
-
-def read_fields(path, field, skip):
-    """Yields (where, text) for the JSON objects in a file that have text in this field."""
-    for where, item in read_json(path, skip):
-        if isinstance(item, dict) and isinstance(item.get(field), str):
-            yield where, item[field]
-        else:
-            found = ", ".join(item) if isinstance(item, dict) else type(item).__name__
-            skip(f"{where}: no text in field {field!r} (found: {found}); see --text_field")
 
 
 def read_json(path, skip=refuse):
@@ -168,7 +152,7 @@ def split_file(path, separator, block_size=1 << 20):
     """Yields (byte offset, bytes) of each part between separators, reading a block at a time."""
     buffer, offset = b"", 0
     with open(path, "rb") as file:
-        # doubling the read keeps a document without separators linear, not quadratic
+        # each read is as long as the buffer, so that a huge document takes linear time
         while block := file.read(max(block_size, len(buffer))):
             *parts, buffer = (buffer + block).split(separator)
             for part in parts:
@@ -222,12 +206,6 @@ def html_to_text(page):
     return "".join(parser.parts)
 
 
-LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-JUNK = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+")
-TRAILING_SPACES = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")  # (?<!) tries each run once
-BLANK_LINES = re.compile(r"\n{3,}")
-
-
 def clean(text):
     """Text in NFC, with \\n for line endings and without control characters, byte-order marks, lone
     surrogates, spaces before a line ending, two blank lines in a row, or any at either end.
@@ -235,8 +213,11 @@ def clean(text):
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
     """
-    text = unicodedata.normalize("NFC", JUNK.sub("", LINE_END.sub("\n", text)))
-    return BLANK_LINES.sub("\n\n", TRAILING_SPACES.sub("", text)).strip("\n")
+    text = re.sub(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", "\n", text)
+    text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+", "", text)
+    text = unicodedata.normalize("NFC", text)
+    text = re.sub(r"(?<![ \t])[ \t]+(?=\n|\Z)", "", text)  # (?<!) tries each run once
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
 # --- the default corpus: the manual inside every Python installation ------------------------------
@@ -253,8 +234,7 @@ def python_manual():
 @functools.cache
 def library_docstrings():
     """[(module, signature, docstring)] of the standard library, read with ast, never imported."""
-    library = pathlib.Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    library, skipped = pathlib.Path(os.__file__).parent, {"test", "tests", "idlelib", "lib2to3"}
     entries = []
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
@@ -267,8 +247,7 @@ def library_docstrings():
 
 def docstrings(node, name):
     """Yields (signature, docstring) of a module, class or function and of all inside it."""
-    text = ast.get_docstring(node)
-    if text and text.strip():
+    if text := ast.get_docstring(node):  # which leaves nothing of a blank one
         arguments = getattr(node, "args", None)
         yield name + (f"({ast.unparse(arguments)})" if arguments else ""), text
     for child in ast.iter_child_nodes(node):
@@ -280,19 +259,14 @@ def docstrings(node, name):
 
 
 def position(key):
-    """A pseudo-random number from 0 to 1 that depends on the string alone. It decides the split, so
-    identical texts land on the same side, in any order."""
+    """A pseudo-random number from 0 to 1 that depends on key alone: equal texts share a split."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def split_documents(files, config, skip, dropped):
-    """Yields (split, text) of every distinct document, cleaned; split is "train" or "val".
-
-    Documents are held out by a hash of their text; one that is larger than 1/200 of all the input
-    gives its last tenth instead. The manual's pages are held out by module, twice as many, because
-    finetune.py takes validation and test examples from these modules. dropped counts what is left
-    out, by reason.
-    """
+    """Yields (split, text) of every distinct document, cleaned. A hash of the text decides the split;
+    a document of more than 1/200 of the input gives its last tenth to val. The manual is split by
+    module, as finetune.py holds them out. dropped counts what is left out, by reason."""
     large = sum(path.stat().st_size for path in files) / 200
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # of positions; 83 bytes of memory for each
@@ -319,14 +293,14 @@ def split_documents(files, config, skip, dropped):
 
 # GPT-2's rule for cutting text into pieces, which no token spans: endings like 's, words, numbers,
 # punctuation, each with the space before it, and whitespace. (In tiktoken's form, ++ is a + that
-# never gives back what it has matched, which is faster and here matches the same.)
+# never gives back what it has matched, which is faster and here makes no difference.)
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")
 
 
 def cut(text, length=1 << 16):
     """Yields a long text in parts, cut where a word or number ends. No piece spans such a point, so
-    the parts are encoded exactly as the whole would be."""
+    encoding the parts gives the tokens of the whole."""
     start = 0
     while start < len(text):
         border = WORD_END.search(text, start + length)
@@ -336,11 +310,8 @@ def cut(text, length=1 << 16):
 
 
 def count_pieces(texts):
-    """Cuts texts by SPLIT and counts the distinct pieces: {piece: how often}.
-
-    Words with the punctuation before them are counted first: no piece spans the end of a word, and
-    there are few distinct words to cut.
-    """
+    """Cuts texts by SPLIT and counts the distinct pieces. Words, with the punctuation before them,
+    are counted first: they are few, and no piece spans the end of one."""
     words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
         words.update(re.findall(r"[\W_]*[^\W_]+|[\W_]+", part))
@@ -425,7 +396,7 @@ def changed_pairs(piece, pair, new):
 def bpe_encode(data, ranks):
     """One piece of text, as bytes -> its tokens, as bytes: what tiktoken does in Rust, written out.
 
-    Joins, again and again, the neighbors whose token was learned first.
+    Keeps joining the two neighbors whose token was learned first.
 
     >>> bpe_encode(b" lower", train_bpe(["low lower lowest"], 259))
     [b' low', b'e', b'r']
@@ -441,17 +412,13 @@ def bpe_encode(data, ranks):
 
 
 def bpe_spec(ranks):
-    """The description of a BPE trained here, for meta.json and checkpoints: its tokens in order of
-    rank, one character per byte, and the special tokens, which come after them."""
+    """A BPE as meta.json and checkpoints keep it: its tokens by rank, one character per byte."""
     tokens = [token.decode("latin-1") for token in ranks]
     return {"name": "bpe", "tokens": tokens, "special_tokens": [END_OF_TEXT, *ROLES]}
 
 
 def build_tokenizer(spec):
-    """A spec, {"name": "bpe", "tokens": ...} or {"name": "gpt2"}, -> tiktoken.Encoding.
-
-    Raises ValueError if the spec is neither, or tiktoken cannot download the vocabulary.
-    """
+    """A spec, {"name": "bpe", "tokens": ...} or {"name": "gpt2"}, -> tiktoken.Encoding."""
     with damaged("tokenizer"):
         name = spec["name"]
         if name == "bpe":
@@ -462,9 +429,6 @@ def build_tokenizer(spec):
             return tiktoken.Encoding(
                 name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
             )
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise ValueError(f"unknown tokenizer {name!r}: bpe, {', '.join(names)}, or a folder")
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:
@@ -480,7 +444,7 @@ def token_bytes(tokenizer, token):
 
 
 def token_label(tokenizer, token):
-    """A token as a person can read it: escaped, and as bytes where it is part of a character."""
+    """A token as a person can read it: escaped; as bytes if it is only part of a character."""
     data = token_bytes(tokenizer, token)
     try:
         return repr(data.decode())[1:-1]
@@ -539,17 +503,13 @@ def chat_prompt(messages, tokenizer, template):
 def byte_characters():
     """The printable character for each byte, as GPT-2's files spell them: Latin-1's where that is
     visible, else (spaces, controls) the next one from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = itertools.count(256)
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    return [chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)]
 
 
 def save_tokenizer(spec, folder):
-    """Writes tokenizer.json into folder. Raises ValueError for tokenizers unlike GPT-2's.
-
-    tiktoken keeps no merges. They are recovered: a token, encoded with only those before it, falls
-    into the two that it was merged from.
-    """
+    """Writes tokenizer.json into folder. tiktoken keeps no merges, so they are recovered: a token,
+    encoded with only those before it, falls into the two that it was merged from."""
     tokenizer = build_tokenizer(spec)
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
     if tokenizer._pat_str != SPLIT or len(ranks) + len(special) != tokenizer.n_vocab:
@@ -569,9 +529,8 @@ def save_tokenizer(spec, folder):
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
     }
-    path = pathlib.Path(folder, "tokenizer.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(whole, ensure_ascii=False).encode())
+    os.makedirs(folder, exist_ok=True)
+    write_file(f"{folder}/tokenizer.json", json.dumps(whole, ensure_ascii=False).encode())
 
 
 def read_tokenizer(folder):
@@ -586,14 +545,10 @@ def read_tokenizer(folder):
         how = (split.get("type"), split["use_regex"], split["add_prefix_space"])
         if how != ("ByteLevel", True, False) or whole.get("normalizer"):
             raise ValueError("it does not cut text as GPT-2's does")
-        vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
-        vocab |= {token["content"]: token["id"] for token in whole["added_tokens"]}
+        vocab = whole["model"]["vocab"] | {t["content"]: t["id"] for t in whole["added_tokens"]}
+        merges = ["".join(pair).replace(" ", "") for pair in whole["model"]["merges"]]
         names, count = sorted(vocab, key=vocab.get), 256 + len(merges)
-        merges = [
-            pair.replace(" ", "") if isinstance(pair, str) else "".join(pair) for pair in merges
-        ]
-        ids = [vocab[name] for name in names]
-        if names[256:count] != merges or ids != list(range(len(names))):
+        if names[256:count] != merges or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError("its tokens are not in the order bytes, merges, special tokens")
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         tokens = [bytes(byte_of[c] for c in name).decode("latin-1") for name in names[:count]]
@@ -663,8 +618,8 @@ def old_shards(folder):
 
 
 def install(meta, folder):
-    """Replaces the earlier shards with the finished ones. A crash at any point leaves a folder
-    that is whole or that open_data refuses. No other file in the folder is touched."""
+    """Replaces the earlier shards with the finished ones. After a crash the folder is
+    either whole or refused by open_data. No other file in the folder is touched."""
     old = old_shards(folder)
     (folder / "meta.json").unlink(missing_ok=True)
     for path in old:
@@ -702,15 +657,6 @@ def open_data(folder):
 # --- main -----------------------------------------------------------------------------------------
 
 
-def named_tokenizer(name):
-    """The spec of the tokenizer that --tokenizer names."""
-    spec = {"name": name}
-    if os.path.isdir(name) and name not in tiktoken.list_encoding_names():
-        spec = read_tokenizer(name) or open_data(name)["tokenizer"]
-    build_tokenizer(spec)  # a wrong name is reported before the long work
-    return spec
-
-
 def train_tokenizer(documents, size, config):
     """The spec of a BPE that is trained on the training split, or if that is large, on a sample."""
     fraction = config.bpe_sample_mb * 1e6 / max(1, size)
@@ -723,7 +669,7 @@ def train_tokenizer(documents, size, config):
 
 
 def with_progress(documents, label):
-    """Passes (split, text) on and reports progress on standard error."""
+    """Yields the documents unchanged and reports progress on standard error."""
     start = shown = time.monotonic()
     done, is_live = 0, sys.stderr.isatty()
     for document in documents:
@@ -739,7 +685,12 @@ def prepare(inputs, config):
     """Writes the data folder and prints a summary."""
     folder, skipped, dropped = pathlib.Path(config.out), [], collections.Counter()
     old_shards(folder)  # a folder that is not ours is reported before the long work
-    spec = None if config.tokenizer == "bpe" else named_tokenizer(config.tokenizer)
+    spec = None
+    if config.tokenizer != "bpe":
+        spec = {"name": config.tokenizer}
+        if os.path.isdir(config.tokenizer):
+            spec = read_tokenizer(config.tokenizer) or open_data(config.tokenizer)["tokenizer"]
+        build_tokenizer(spec)  # a wrong name is reported before the long work
     files = find_files(inputs, skipped.append)
     if inputs and not files:
         raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files found")
@@ -749,7 +700,7 @@ def prepare(inputs, config):
         spec = train_tokenizer(with_progress(documents, "reading"), size, config)
     tokenizer = build_tokenizer(spec)
     documents = split_documents(files, config, skipped.append, dropped)
-    sources = inputs or [f"the manual of Python {platform.python_version()}"]
+    sources = inputs or [f"the manual of Python {sys.version.split()[0]}"]
     try:
         meta = write_shards(with_progress(documents, "encoding"), tokenizer, folder)
         if not all(split["bytes"] for split in meta["splits"].values()):
@@ -802,7 +753,7 @@ def flag_parser(config_class, description):
 
 
 def parse_value(kind, text):
-    """Turns the text of a flag into its type. Numbers are never negative."""
+    """The value of a flag, from its text. Numbers are never negative."""
     with contextlib.suppress(ValueError):
         value = {"True": True, "False": False}.get(text, -1) if kind is bool else kind(text)
         if kind is str or 0 <= value < math.inf:
@@ -820,7 +771,7 @@ def script(main):
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # what reads our output has closed the pipe, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141)
     except KeyboardInterrupt:
@@ -836,11 +787,13 @@ def script(main):
 
 
 def lock(folder):
-    """Keeps other runs out of the folder, created if needed, until the returned file is closed."""
+    """Creates the folder if needed and keeps other runs out until the returned file is closed."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
     try:
-        if fcntl:  # not on Windows
+        with contextlib.suppress(ImportError):  # Windows has no fcntl, so no lock
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{folder}: another run is writing there") from None
@@ -848,7 +801,7 @@ def lock(folder):
 
 
 def write_file(path, data):
-    """Writes bytes under a temporary name that takes the place of path once it is complete."""
+    """Writes bytes to a temporary file, then renames it, so that path is never half written."""
     temporary = pathlib.Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -859,8 +812,7 @@ def write_file(path, data):
 
 @contextlib.contextmanager
 def damaged(path):
-    """Turns any error in a file's contents into a ValueError that names the file. (gpt.py has the
-    same: it imports no other file, so that it can be copied alone.)"""
+    """Turns any error in a file's contents into a ValueError that names it. (As in gpt.py.)"""
     try:
         yield
     except OSError:

@@ -525,11 +525,11 @@ def test_documents_that_cannot_be_read_are_skipped_counted_and_named(tmp_path, c
 
 BAD_INPUTS = {  # file: (content, what the error must name)
     "blank.txt": (b" \n\n\t", "too little text"),
-    "binary.txt": (b"a\0b", "binary.txt.*binary"),
+    "binary.txt": (b"\x89PNG\0", "binary.txt.*utf-8"),
     "latin.txt": ("café".encode("latin-1"), "latin.txt.*position 3.*iconv"),
     "broken.json": (b'[{"text": "a"},\n {"text"}]', "broken.json.*line 2"),
-    "field.jsonl": (b'{"body": "a", "id": 1}', "field.jsonl, line 1.*'text'.*body, id"),
-    "list.json": (b"[1]", "list.json.*int"),
+    "field.jsonl": (b'{"body": "a", "id": 1}', "field.jsonl, line 1.*'text'.*body"),
+    "list.json": (b"[1]", "list.json.*of 1"),
 }
 
 
@@ -555,7 +555,7 @@ def test_missing_input_is_refused_with_the_reason(tmp_path, monkeypatch):
         (["gone.txt"], "no such file"),
         (["empty"], "no files"),
         (["pipe"], "pipe"),
-        (["a.txt", "--tokenizer=gpt9"], "gpt9.*gpt2"),
+        (["a.txt", "--tokenizer=gpt9"], "gpt9"),
         (["a.txt", "--tokenizer=r50k_base"], r"TIKTOKEN_CACHE_DIR.*--tokenizer=bpe"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -1428,24 +1428,26 @@ def test_fine_tuning_leaves_alone_the_embeddings_of_tokens_that_it_never_reads(b
     assert unchanged[ord("Q")]
 
 
-def test_the_loss_of_a_conversation_is_on_its_answers_alone():
-    tokenizer = build_tokenizer(bpe_spec(train_bpe([story(200)], 260)))
-    end = tokenizer.eot_token
-    turns = [("system", "be short"), ("user", "the cat"), ("assistant", "sees a dog")]
-    turns += [("user", "and"), ("assistant", "not a red house")]
-    for template in ("roles", "alpaca"):
-        messages = [{"role": role, "content": content} for role, content in turns]
-        parts = prepare_data.chat_parts(messages, tokenizer, template)
-        answers = [tokenizer.encode(c) + [end] for role, c in turns if role == "assistant"]
-        for learned in ("all answers", "last answer"):
-            idx, targets = finetune.to_row(parts, 1000, learned)
-            expected = answers if learned == "all answers" else answers[-1:]
-            assert [t for t in targets if t != -100] == list(itertools.chain(*expected))
-            for i, target in enumerate(targets):  # the state at i predicts the token at i + 1
-                assert target == -100 or target == idx[i + 1]
-        text = tokenizer.decode(idx)
-        assert all(content in text for _, content in turns)
-        assert finetune.to_row(parts, 1000, "all")[1] == [*idx[1:], -100]
+def test_the_loss_of_a_conversation_is_on_its_answers_alone(base):
+    said = ["be short", "the cat", "sees a dog", "and", "not a red house"]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, said)]
+    row = {"messages": messages[:-1], "chosen": said[-1], "rejected": "no"}
+    for task_name, template in itertools.product(("instruct", "dpo"), ("roles", "alpaca")):
+        settings = {"task": task_name, "template": template, "block_size": 1000}
+        task = make_task(base, preferred(60) if task_name == "dpo" else asked(60), **settings)
+        example = row if task_name == "dpo" else {"messages": messages}
+        idx, targets = task.encode(example)["rows"][0]
+        answers = ["sees a dog"] * (task_name == "instruct") + ["not a red house"]
+        expected = [[*task.tokenizer.encode(answer), task.end] for answer in answers]
+        assert [t for t in targets if t != -100] == list(itertools.chain(*expected))
+        for i, target in enumerate(targets):  # the state at i predicts the token at i + 1
+            assert target == -100 or target == (idx[i + 1 :] or [task.end])[0]
+        text = task.tokenizer.decode(idx)
+        assert all(content in text for content in said[:-1])
+    task = make_task(base, asked(60), loss_on_prompt=True)
+    idx, targets = task.encode({"messages": messages})["rows"][0]
+    assert targets == [*idx[1:], -100]
 
 
 def test_an_example_too_long_loses_its_beginning_but_keeps_an_answer():
@@ -1465,9 +1467,9 @@ def test_padding_changes_neither_loss_nor_score(base):
     task.model.eval()
 
     def measured(examples):
-        idx, targets, last = task.collate(examples)
-        losses = finetune.token_log_probs(task.gpt, idx, targets).sum(1)
-        return losses, task.scores(task.gpt.hidden(idx), last)
+        idx, targets, _ = task.collate(examples)
+        losses = finetune.token_log_probs(task.gpt, idx, targets)[0].sum(1)
+        return losses, task.scores_of(examples)
 
     losses, scores = measured(examples)
     for i, example in enumerate(examples):
@@ -1490,7 +1492,7 @@ def test_every_target_weighs_the_same_however_the_step_is_divided(base, tmp_path
         for i, batches in enumerate(divided)
     ]
     for name, weight in runs[0][0]["model"].items():
-        torch.testing.assert_close(weight, runs[1][0]["model"][name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(weight, runs[1][0]["model"][name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -1576,9 +1578,8 @@ def test_training_the_head_alone_computes_no_next_token_loss(base, monkeypatch):
 def test_scores_keep_their_precision_under_autocast(task_name, base):
     rows = labeled(60) if task_name == "classify" else preferred(60)
     task = make_task(base, rows, task=task_name, dtype="bfloat16")
-    idx, _, last = task.collate(task.splits["train"][:16])
     with task.machine.autocast():
-        scores = task.scores(task.gpt.hidden(idx), last)
+        scores = task.scores_of(task.splits["train"][:16])
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
@@ -1622,14 +1623,14 @@ def test_splits_share_no_text_and_no_group(base):
 
 def test_batches_hold_every_example_once_an_epoch_and_mostly_of_one_length():
     lengths = np.random.default_rng(0).integers(1, 100, 203)
-    batches = finetune.Batches(lengths, 8, seed=1)
-    epochs = [[batches[n].tolist() for n in range(e * 26, e * 26 + 26)] for e in range(2)]
+    batch = lambda n: finetune.batch_at(n, lengths, 8, seed=1).tolist()
+    epochs = [[batch(n) for n in range(e * 26, e * 26 + 26)] for e in range(2)]
     for epoch in epochs:
         assert sorted(itertools.chain(*epoch)) == list(range(203))
         spread = np.mean([np.ptp(lengths[batch]) for batch in epoch])
         assert spread < np.ptp(lengths) / 2
     assert epochs[0] != epochs[1]
-    assert [batches[n].tolist() for n in range(26)] == epochs[0]  # also in another order
+    assert [batch(n) for n in range(26)] == epochs[0]
 
 
 def test_pairs_are_batched_by_their_longer_answer(base):
@@ -1637,7 +1638,7 @@ def test_pairs_are_batched_by_their_longer_answer(base):
     rows = [{**row, "rejected": row["rejected"] or "a"} for row in rows]
     task = make_task(base, rows, task="dpo")
     longest = [max(len(idx) for idx, _ in e["rows"]) for e in task.splits["train"]]
-    assert task.batches.lengths.tolist() == longest
+    assert list(task.lengths) == longest
 
 
 def test_learning_rates_fall_with_the_width_and_are_higher_for_lora(base, tmp_path):
@@ -1720,12 +1721,11 @@ def test_conversations_come_as_texts_or_as_lists_of_messages():
         {"messages": user + said, "chosen": "yes", "rejected": "no"},
     ):
         found = finetune.conversation_of(row, "chosen", "rejected")
-        assert found["messages"] == user and found["group"] == "hi"
+        assert found["messages"] == user and found["text"] == "hi"
         assert found["chosen"] == "yes" and found["rejected"] == "no"
     found = finetune.conversation_of({"messages": user + said + user + said + user}, "output")
     assert found["messages"] == user + said + user and found["output"] == "yes"
-    row = {"instruction": "add", "input": "1 2", "output": "3", "group": 5}
-    assert finetune.conversation_of(row, "output")["group"] == "5"
+    row = {"instruction": "add", "input": "1 2", "output": "3"}
     assert "### Input:\n1 2" in finetune.conversation_of(row)["messages"][0]["content"]
 
 
@@ -1941,10 +1941,10 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(base,
     task = policy(base, monkeypatch, "ppo", beta=0.5)
     mask = torch.tensor([[False, True, True, False], [True, True, True, True]])
     log_probs, reference = torch.rand(2, 2, 4) * mask
-    scores, x = torch.tensor([3.0, -2.0]), torch.randn(6, 16)
+    scores, x = torch.tensor([3.0, -2.0]), torch.randn(2, 4, 16)
     with torch.no_grad():
         task.model["head"].weight.normal_()
-        values = torch.zeros(2, 4).masked_scatter(mask, task.apply_head(x)[:, 0])
+        values = task.apply_head(x)[..., 0] * mask
     rewards = 0.5 * (reference - log_probs)
     rewards[0, 2] += 3
     rewards[1, 3] -= 2
@@ -1958,7 +1958,7 @@ def test_an_answer_that_does_not_end_scores_one_less(base, monkeypatch):
     task = policy(base, monkeypatch, "ppo")
     word = task.tokenizer.encode_ordinary("red")
     monkeypatch.setattr(task, "answers", lambda *args, **how: [word, [*word, task.end]])
-    _, _, scores, ended = task.respond(task.splits["train"][:2], seed=0)
+    _, _, scores, ended = task.respond(task.splits["train"][:2])
     assert ended.tolist() == [False, True]
     assert scores[1].item() == pytest.approx(scores[0].item() + 1)
 
@@ -1975,7 +1975,7 @@ def test_grpo_compares_the_answers_to_one_prompt(base, monkeypatch):
     assert not advantages[4:].any()  # equal scores teach nothing
     # the KL's estimate is 0 at the reference and positive elsewhere, on either side
     idx, targets, _ = task.collate([{"rows": [([1, 2, 3], [2, 3, -100])]}])
-    own = finetune.token_log_probs(task.gpt, idx, targets).detach()
+    own = finetune.token_log_probs(task.gpt, idx, targets)[0].detach()
     for drift in (-0.5, 0.0, 0.5):
         loss = task.loss(idx, targets, own, torch.zeros(1, 3), own - drift)
         expected = math.exp(-drift) + drift - 1
