@@ -12,7 +12,7 @@
     python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
 
 The loop is train.train(). A task turns a row of a file into an example, and a batch of examples
-into terms: a loss, and whatever else is measured. best.pt is a complete model, LoRA merged in.
+into terms: the loss and any other metrics. best.pt is a complete model, LoRA merged in.
 """
 
 import collections
@@ -54,8 +54,8 @@ class FinetuneConfig(RunConfig):
     block_size: int = 0  # new context length; a longer one trains the positions (0: the model's)
     dropout: float = 0.0  # on embeddings and residual branches
     min_lr: float = 0.0  # the lowest, at the end of the cosine decay
-    weight_decay: float = 0.0  # of matrices; decay erodes what the examples do not exercise
-    # where 0 stands, a task has its own default
+    weight_decay: float = 0.0  # of matrices; it would erode what the examples do not train
+    # 0 means the task's own default
     batch_size: int = 0  # examples in a micro-batch; for ppo and grpo, prompts in a step
     learning_rate: float = 0.0  # the highest (0: the task's, lower for wider models)
     epochs: float = 0.0  # passes through the examples
@@ -66,9 +66,9 @@ class FinetuneConfig(RunConfig):
     # classify
     text_field: str = "text"  # column with the text
     label_field: str = "label"  # column with the label
-    lm_weight: float = 0.5  # weight of the next-token loss beside the label's
+    lm_weight: float = 0.5  # weight of the next-token loss, added to the label's
     balance: bool = False  # downsample every label to the size of the rarest
-    predict: str = ""  # a text to classify, or for reward an answer to score; trains nothing
+    predict: str = ""  # a text to classify, or for reward an answer to score; no training
     # conversations
     template: str = ""  # of prompts: roles or alpaca (default: roles if the vocabulary has them)
     loss_on_prompt: bool = False  # for instruct: learn the prompts, too
@@ -81,7 +81,7 @@ class FinetuneConfig(RunConfig):
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + (alpha / rank) B A x, where W stays as it is, and A and B, both small, are trained.
+    """y = W x + (alpha / rank) B A x, where W is frozen and only the small A and B are trained.
 
     Hu et al. 2021, "LoRA", section 4.1; A starts as in the authors' code and B as 0, so nothing
     changes at first. Replaces a linear layer, whose weight and bias it shares.
@@ -121,7 +121,7 @@ def merged_weights(gpt):
 
 
 class Task:
-    """What all tasks share of the interface that train() needs. Each task adds
+    """The part of train()'s interface that all tasks share. Each task adds
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
                       "text": what it is about, and more}; "group" is added
@@ -133,7 +133,7 @@ class Task:
     defaults: ClassVar = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
     defaults |= {"max_new_tokens": 128}
     columns = ("output",)  # with the answers
-    has_head = False  # beside the language model's
+    has_head = False  # in addition to the language model's
     writes = False  # whether held-out prompts are answered, before and after training
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
 
@@ -149,7 +149,7 @@ class Task:
         self.block_size = self.gpt.config.block_size
         self.template = config.template or checkpoint.get("template")
         self.template = self.template or prepare_data.default_template(self.tokenizer)
-        self.too_long = 0  # examples that were cut
+        self.too_long = 0  # examples that were truncated
         self.measured = collections.defaultdict(list)  # values since the last row of metrics.csv
         self.splits = {} if config.predict else self.read_examples()
         self.model = nn.ModuleDict({"gpt": self.gpt})
@@ -185,7 +185,7 @@ class Task:
             splits[split] = list(self.encoded(path)) if path and not config.eval_only else new
             known |= {e[key] for e in splits[split] for key in ("group", "text")}
         counts = {split: len(examples) for split, examples in splits.items()}
-        print(f"examples: {counts}; {self.too_long} were too long and were truncated")
+        print(f"examples: {counts}; {self.too_long} were truncated to the context")
         needed = ("test",) if config.eval_only else ("train", "val")
         if not all(counts[split] for split in needed):
             raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
@@ -209,8 +209,8 @@ class Task:
         return to_row(parts, self.block_size)
 
     def collate(self, examples):
-        """Their rows -> idx, targets (R, T), padded at the end, where causal attention ignores it, and
-        where the last token of each is, (R,)."""
+        """Their rows -> idx and targets, (R, T), padded at the end, where causal attention ignores it,
+        and where the last token of each row is, (R,)."""
         rows = [row for example in examples for row in example["rows"]]
         length, last = max(len(idx) for idx, _ in rows), [len(idx) - 1 for idx, _ in rows]
         idx = [idx + [self.end] * (length - len(idx)) for idx, _ in rows]
@@ -218,7 +218,7 @@ class Task:
         return self.machine.put(*map(torch.tensor, (idx, targets, last)))
 
     def add_head(self, outputs, std, labels=None):
-        """A linear layer that reads the last token of a text, the only one that has seen all of it.
+        """A linear layer that reads the last token of a text, whose state has seen the whole text.
         The head of a checkpoint of the same task, with the same labels, is reused."""
         config = self.config
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
@@ -252,7 +252,7 @@ class Task:
         if self.block_size > self.start["config"]["block_size"]:
             gpt.transformer.wpe.requires_grad_(True)
         self.model.train()
-        # found by trial: 5e-4 suits instructions at 128 wide, 3e-5 at GPT-2's 768; LoRA wants more
+        # found by trial: for instructions, 5e-4 at width 128, 3e-5 at GPT-2's 768; LoRA needs more
         rate = self.defaults["learning_rate"] * (3 if config.train == "lora" else 1)
         config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
         self.lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
@@ -271,14 +271,14 @@ class Task:
         return [self.splits["train"][i] for i in numbers]
 
     def count(self, example):
-        """How many terms of the loss this example contributes."""
+        """The number of losses that terms() returns for this example."""
         return 1
 
     def updates(self, state):
         yield self.losses(state)
 
     def losses(self, state):
-        """Yields a loss for each micro-batch; their sum is the mean over all elements."""
+        """Yields a loss for each micro-batch; their sum is the mean over all losses of the step."""
         config, first = self.config, state["examples"] // self.config.batch_size
         numbers = range(first, first + config.gradient_accumulation_steps)
         batches = [self.batch(n) for n in numbers]
@@ -343,7 +343,7 @@ class Task:
         return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
 
     def answers(self, messages, temperature=1.0):
-        """The model's answers to these conversations, in tokens, with the end token if they end."""
+        """The model's answers to these conversations, in tokens, with the end token if there is one."""
         prompts, answers, limit = list(map(self.prompt, messages)), {}, self.config.max_new_tokens
         for length in sorted(set(map(len, prompts))):  # in one batch: no padding before answers
             numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
@@ -531,7 +531,7 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
 
 
 class DPO(Task):
-    """Makes the chosen answers more likely than the rejected ones, close to the reference."""
+    """Makes the chosen answers more likely than the rejected, but stays close to the reference."""
 
     columns = ("chosen", "rejected")
     defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4}
@@ -597,7 +597,7 @@ class Reward(Task):
 
 GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
 CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
-PASSES, PARTS = 4, 4  # over the answers of a step, each split into so many parts
+PASSES, PARTS = 4, 4  # passes over a step's answers; updates in each pass
 UNFINISHED = -1.0  # added to the score of an answer that does not end
 
 
@@ -639,7 +639,7 @@ class Policy(Task):
     writes = True
 
     def set_up(self):
-        path = self.config.reward_model  # a text to predict: load the head, but no examples
+        path = self.config.reward_model  # predict: it needs the head but no examples
         reward = FinetuneConfig(task="reward", init_from=path, predict="-", batch_size=16)
         self.score = Reward(reward, self.machine, load_checkpoint(path)).score
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
@@ -766,7 +766,7 @@ def manual_texts():
 
 def manual_answers():
     """Yields (where, row): "Explain NAME(ARGUMENTS).", and as the answer the first sentence of its
-    docstring. The rejected answer is that of something else, mostly from the same split."""
+    docstring. The rejected answer explains something else, usually in the same split."""
     explained = []
     for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[0])):
         paragraph = " ".join(clean(text).split("\n\n")[0].split())
@@ -812,7 +812,7 @@ def read_rows(path, columns=()):
     names = names if has_header else columns
     for where, row in rows[has_header:]:
         if len(row) != len(names):
-            raise ValueError(f"{where}: {len(row)} columns, but {len(names)} names")
+            raise ValueError(f"{where}: {len(row)} values, but {len(names)} columns")
         yield where, dict(zip(names, row))
 
 
@@ -916,7 +916,9 @@ def settle(config):
     for path in [config.init_from] + [config.reward_model] * issubclass(task, Policy):
         trains = not (config.predict or config.eval_only)
         if trains and out_dir in (model := pathlib.Path(path).resolve(), model.parent):
-            raise ValueError(f"--out_dir={config.out_dir} would overwrite {path}, which is needed")
+            raise ValueError(
+                f"--out_dir={config.out_dir} would overwrite {path}, which this run reads"
+            )
 
 
 def main(argv=None):
@@ -928,7 +930,7 @@ def main(argv=None):
     settle(config)
     machine = Machine(config)
     if machine.world_size > 1:
-        raise ValueError("finetune.py runs as one process: start it without torchrun")
+        raise ValueError("finetune.py runs as a single process: start it without torchrun")
     checkpoint = load_checkpoint(config.init_from)
     torch.manual_seed(config.seed)
     task = TASKS[config.task](config, machine, checkpoint)

@@ -264,8 +264,8 @@ def position(key):
 
 
 def split_documents(files, config, skip, dropped):
-    """Yields (split, text) of every distinct document, cleaned. A hash of the text decides the split;
-    a document of more than 1/200 of the input gives its last tenth to val. The manual is split by
+    """Yields (split, text) of every distinct document, cleaned. A hash of it decides the split; a
+    document of more than 1/200 of the input gives its last tenth to val. The manual is split by
     module, as finetune.py holds them out. dropped counts what is left out, by reason."""
     large = sum(path.stat().st_size for path in files) / 200
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
@@ -365,8 +365,8 @@ def train_bpe(texts, vocab_size):
 
 
 def count_pairs(pieces, counts):
-    """How often each pair of neighbors occurs, and the indices of the pieces that contain it (a piece
-    stays listed after it loses the pair; this is harmless)."""
+    """How often each pair of neighbors occurs, and the indices of the pieces that contain it. (A
+    piece stays listed after it loses the pair, which is harmless.)"""
     pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
     for i, piece in enumerate(pieces):
         for pair in map(str.__add__, piece, piece[1:]):

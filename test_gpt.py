@@ -1767,7 +1767,7 @@ def test_impossible_fine_tuning_is_refused_with_the_reason(base, tmp_path):
         (["--data=none.txt"], "give a .jsonl, .json, .csv or .tsv file"),
         (["--init_from=resume"], "no such checkpoint"),
         (["--task=choice", "--data="], "--data=FILE"),
-        ([f"--out_dir={base}"], "which is needed"),
+        ([f"--out_dir={base}"], "which this run reads"),
         (["--text_field=body"], "no column body"),
     ]:
         with pytest.raises((ValueError, OSError), match=complaint):
