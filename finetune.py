@@ -209,8 +209,8 @@ class Task:
         return to_row(parts, self.block_size)
 
     def collate(self, examples):
-        """Their rows -> idx and targets, (R, T), padded at the end, where causal attention ignores it,
-        and where the last token of each row is, (R,)."""
+        """Their rows -> idx and targets, (R, T), padded at the end, which causal attention ignores,
+        and the index of each row's last token, (R,)."""
         rows = [row for example in examples for row in example["rows"]]
         length, last = max(len(idx) for idx, _ in rows), [len(idx) - 1 for idx, _ in rows]
         idx = [idx + [self.end] * (length - len(idx)) for idx, _ in rows]
@@ -343,7 +343,7 @@ class Task:
         return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
 
     def answers(self, messages, temperature=1.0):
-        """The model's answers to these conversations, in tokens, with the end token if there is one."""
+        """The model's answers to these conversations, in tokens, up to and with the end token."""
         prompts, answers, limit = list(map(self.prompt, messages)), {}, self.config.max_new_tokens
         for length in sorted(set(map(len, prompts))):  # in one batch: no padding before answers
             numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]

@@ -777,7 +777,7 @@ def script(main):
     except KeyboardInterrupt:
         raise SystemExit(130)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|overflow", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("(?i)memory|overflow", str(error)):
             raise
         message = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:

@@ -2003,13 +2003,12 @@ def column_of(out_dir):
     return lambda name: column(out_dir, name)
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo"])
-def test_a_policy_with_a_large_penalty_stays_at_the_reference(name, base, tmp_path, monkeypatch):
+def test_a_policy_with_a_large_penalty_stays_at_the_reference(base, tmp_path, monkeypatch):
     toy_reward(monkeypatch)
     kls = []
     for beta in ("0", "5"):
-        flags = [f"--task={name}", f"--beta={beta}", "--max_iters=15"]
-        flags += ["--log_interval=1", "--eval_interval=15", "--learning_rate=3e-3"]
+        flags = ["--task=grpo", f"--beta={beta}", "--max_iters=15", "--learning_rate=3e-3"]
+        flags += ["--log_interval=1", "--eval_interval=15"]
         run_finetune(base, tmp_path / beta, asked(80), *flags)
         kls.append(sum(map(abs, column(tmp_path / beta, "kl")[-5:])))
     assert kls[1] < kls[0] / 2
