@@ -185,11 +185,6 @@ class Machine:
         torch.distributed.all_reduce(totals)
         return totals.tolist()
 
-    def wait(self):
-        """Waits for all other processes."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
     def seed(self, *numbers):
         """Makes dropout depend on these numbers and the rank alone."""
         torch.manual_seed(int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0]))
@@ -587,7 +582,7 @@ def main(argv=None):
     machine = Machine(config)
     if machine.rank == 0:
         load_data(config.data)  # which may prepare it, while the others wait
-    machine.wait()
+    machine.sum(0)
     meta = load_data(config.data)
     if saved and saved["data_digest"] != meta["digest"]:
         raise ValueError(f"{config.data}: not the data that {config.out_dir} was trained on")
