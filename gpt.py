@@ -16,7 +16,6 @@ import contextlib
 import functools
 import json
 import math
-import mmap
 import os
 import pathlib
 import sys
@@ -59,29 +58,26 @@ def attention_weights(q, k):
     """
     T, S = q.size(-2), k.size(-2)
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, S)
-    if T > 1:  # a single query is the last position: nothing comes after it
-        scores += torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+    scores += q.new_full((T, S), -math.inf).triu(S - T + 1)  # 0 where the query may see the key
     return F.softmax(scores, dim=-1)
 
 
 def attention(q, k, v, dropout=0.0):
     """Causal attention, (B, n_head, T, d): the values v, averaged by attention_weights.
 
-    On a CPU in bfloat16, up to 512 tokens, the formula as written is 1.5 to 4 times as fast as
+    In bfloat16 on a CPU, for up to 512 tokens, the plain formula is 1.5 to 4 times as fast as
     PyTorch's fused kernel, forward and backward. Everywhere else the fused kernel is faster.
     """
     T, S = q.size(-2), k.size(-2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:
         return fast_dropout(attention_weights(q, k), dropout) @ v
-    mask = None  # a single query may attend to all keys
-    if 1 < T < S:  # the queries are the last T positions; is_causal would take them for the first
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    # is_causal would take the queries for the first T positions; a single query sees all keys
+    mask = None if T in (1, S) else q.new_ones(T, S, dtype=torch.bool).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each query is matched with the keys of its own and earlier positions, and returns the average
-    of their values, weighted by the match."""
+    """Multi-head causal self-attention: see attention()."""
 
     def __init__(self, config):
         super().__init__()
@@ -95,10 +91,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, start=0):
         q, k, v = qkv = self.heads(x)
-        if cache is not None:
-            k, v = cache.append(qkv[1:])  # k and v, still stacked
+        if cache is not None:  # (2, B, n_head, capacity, d): keys and values of all positions
+            end = start + x.size(1)
+            cache[:, :, :, start:end] = qkv[1:]
+            k, v = cache[:, :, :, :end]
         y = attention(q, k, v, self.attn_dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side
         return fast_dropout(self.c_proj(y), self.dropout, self.training)
@@ -131,8 +129,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cache, start)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -142,7 +140,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # nn.Embedding alone would draw random numbers, only to have init_weights replace them
+        # skips nn.Embedding's own initialization, which init_weights would overwrite
         tables = (torch.empty(n, config.n_embd) for n in (config.vocab_size, config.block_size))
         wte, wpe = (nn.Embedding.from_pretrained(table, freeze=False) for table in tables)
         blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -150,7 +148,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": wte, "wpe": wpe, "h": blocks, "ln_f": ln_f})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        if not self.lm_head.weight.is_meta:  # where from_checkpoint builds, then loads weights
+        if not self.lm_head.weight.is_meta:  # from_checkpoint loads weights instead
             self.init_weights()
 
     @torch.no_grad()
@@ -158,8 +156,8 @@ class GPT(nn.Module):
         """GPT-2's initialization (Radford et al. 2018, section 4.1; 2019, section 2.3).
 
         A tied wte is also the output head and must be small for the first logits to be small.
-        Where the two are separate, we chose our own: tokens start at N(0, 1), which the first
-        updates cannot swamp; positions as sinusoids, so that near and far differ from the start;
+        Where the two are separate, we chose our own: tokens start at N(0, 1), so that the
+        first updates are small beside them; positions as sinusoids, so that near and far differ from the start;
         the head at zero, so that the first loss is ln(vocab_size).
         """
         n_layer, tied = self.config.n_layer, self.config.tie_weights
@@ -182,13 +180,12 @@ class GPT(nn.Module):
         if self.config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, cache=None, start=0):
         """idx (B, T) int64 -> (B, T, C) after the last LayerNorm, for lm_head or any other head.
 
-        cache, a list of one KVCache per block, holds the tokens before idx; idx is appended.
-        Raises ValueError if the total exceeds block_size.
+        cache, from new_cache(), has the keys and values of the start tokens before idx; those of
+        idx are added. Raises ValueError if the total exceeds block_size.
         """
-        start = cache[0].length if cache else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit block_size {self.config.block_size}")
@@ -196,7 +193,7 @@ class GPT(nn.Module):
         pos_emb = self.transformer.wpe.weight[start:end]  # (T, C)
         x = fast_dropout(tok_emb + pos_emb, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None)
+            x = block(x, None if cache is None else cache[i], start)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -228,19 +225,20 @@ class GPT(nn.Module):
         """
         block_size = self.config.block_size
         context = idx[:, -block_size:]  # the tokens since position 0
-        capacity = min(block_size, context.size(1) + max_new_tokens)
-        cache = [KVCache(capacity) for _ in self.transformer.h]
+        cache, start = (
+            self.new_cache(len(idx), min(block_size, context.size(1) + max_new_tokens)),
+            0,
+        )
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
         for _ in range(max_new_tokens):
-            if cache[0].length == block_size:
-                context = context[:, -max(1, block_size // 2) :]
-                for layer in cache:
-                    layer.length = 0  # so that the whole of context is new
+            if start == block_size:
+                context, start = context[:, -max(1, block_size // 2) :], 0
             with torch.inference_mode():
-                x = self.hidden(context[:, cache[0].length :], cache)  # reads only what is new
+                x = self.hidden(context[:, start:], cache, start)  # reads only what is new
                 logits = self.lm_head(x[:, -1])  # (B, vocab_size)
                 token = sample(logits, temperature, top_k, top_p, generator)
-            token = token.clone()  # outside inference mode: autograd rejects inference tensors
+            start = context.size(1)
+            token = token.clone()  # a normal tensor, which autograd accepts
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped = token == stop_token
@@ -248,6 +246,13 @@ class GPT(nn.Module):
             if stopped.all():
                 return
             context = torch.cat([context, token[:, None]], dim=1)
+
+    def new_cache(self, batch_size, capacity):
+        """The keys and values of each block for up to capacity tokens, so that a new token costs
+        one short step: (n_layer, 2, B, n_head, capacity, d)."""
+        config, d = self.config, self.config.n_embd // self.config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, capacity, d)
+        return self.lm_head.weight.new_empty(shape)
 
     def num_params(self):
         """Parameters without the position table, as nanoGPT counts; shared ones count once."""
@@ -272,13 +277,13 @@ class GPT(nn.Module):
         self.tie_weights()
 
     def checkpoint(self):
-        """What from_checkpoint makes a model of: {"config", "model"}."""
+        """What from_checkpoint needs to rebuild the model: {"config", "model"}."""
         return {"config": asdict(self.config), "model": self.state_dict()}
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **changes):
         """Builds the model from what load_checkpoint returned, in float32 and eval mode; changes
-        override its config, as in dropout=0.1. Any exception means that the checkpoint is damaged.
+        override its config, as in dropout=0.1. Raises any exception if it is damaged.
         """
         with torch.device("meta"):  # shapes alone: no memory, no random numbers
             model = cls(GPTConfig(**{**checkpoint["config"], **changes}))
@@ -316,35 +321,16 @@ def next_token_losses(lm_head, x, targets):
     return F.cross_entropy(lm_head(x).float(), targets, reduction="none")
 
 
-# --- generation: the cache, and the choice of the next token --------------------------------------
-
-
-class KVCache:
-    """The keys and values of one block for all tokens so far: 2 · capacity · n_embd numbers per
-    sequence, so that a new token costs one short step."""
-
-    def __init__(self, capacity):
-        self.capacity, self.length, self.stored = capacity, 0, None
-
-    def append(self, keys_values):
-        """Appends those of new tokens, (2, B, n_head, T, d); returns those of all tokens so far."""
-        if self.stored is None:
-            _, B, n_head, _, d = keys_values.shape
-            self.stored = keys_values.new_empty(2, B, n_head, self.capacity, d)
-        start, self.length = self.length, self.length + keys_values.size(3)
-        self.stored[:, :, :, start : self.length] = keys_values
-        return self.stored[:, :, :, : self.length]
+# --- the choice of the next token -------------------------------------------------------------------
 
 
 def keep_top_p(logits, p):
     """Nucleus sampling (Holtzman et al. 2020): of logits (B, n), keeps the fewest most likely whose
     total probability reaches p; the rest become -inf."""
-    values, order = logits.sort(descending=True)
-    probs = F.softmax(values, dim=-1)
-    before = probs.cumsum(-1) - probs  # the probability of all tokens more likely than this one
-    kept = values.masked_fill(before >= p, -math.inf)
-    kept[:, 0] = values[:, 0]  # at least one, however small p is
-    return torch.empty_like(logits).scatter(-1, order, kept)
+    probs, order = F.softmax(logits, dim=-1).sort(descending=True)
+    dropped = probs.cumsum(-1) - probs >= p  # the tokens more likely than this one reach p already
+    dropped[:, 0] = False  # at least one stays, however small p is
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -366,21 +352,21 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return (tokens.gather(-1, drawn) if top_k else drawn)[:, 0]
 
 
-# --- what CPUs do faster in another way -----------------------------------------------------------
+# --- faster versions for CPUs -----------------------------------------------------------------------
 
 
 def fast_dropout(x, p, training=True):
-    """F.dropout. On CPUs it draws 16 random bits per element instead of a float, which trains a
-    model with dropout 1.4 times as fast on two cores."""
+    """Like F.dropout, but on CPUs it draws 16 random bits per element instead of a float: training
+    with dropout is 1.4 times as fast on two cores."""
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
-    dropped = round(p * 2**16)  # of 2**16 values
+    dropped = round(p * 2**16)  # how many of the 2**16 values mean dropped
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
     kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
     return x * kept * (2**16 / (2**16 - dropped))
 
 
-LOGITS_AT_ONCE = 2**22  # 16 MB in float32: memory that is reused, not returned to the system
+LOGITS_AT_ONCE = 2**22  # 16 MB in float32, which the allocator reuses
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -391,22 +377,20 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         losses, rows = [], max(1, LOGITS_AT_ONCE // logits.size(1))
-        classes = targets.masked_fill(targets == -100, 0)
-        for x, index in zip(logits.split(rows), classes.split(rows)):
-            at_target = (torch.arange(len(x)), index)
+        for x, target in zip(logits.split(rows), targets.split(rows)):
             log_probs = x.float().log_softmax(-1)
-            losses.append(-log_probs[at_target])
+            losses.append(F.nll_loss(log_probs, target, reduction="none"))  # 0 where it is -100
             probs = log_probs.exp_()
-            probs[at_target] -= 1
+            probs[torch.arange(len(x)), target.clamp(min=0)] -= 1
             x.copy_(probs)
-        ctx.save_for_backward(logits, targets)
-        return torch.cat(losses).masked_fill(targets == -100, 0)
+            x[target == -100] = 0
+        ctx.save_for_backward(logits)
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, grad):
-        gradient, targets = ctx.saved_tensors
-        grad = grad.masked_fill(targets == -100, 0).to(gradient.dtype)
-        return gradient.mul_(grad[:, None]), None
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad[:, None].to(gradient.dtype)), None
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -484,7 +468,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote: {"config", "model", ...}, tensors on the CPU. Runs no code of it.
+    """What save_checkpoint wrote: {"config", "model", ...}, on the CPU; code in it is never run.
 
     path is a file, a run's folder (its best.pt, or last.pt if there is none), a folder in Hugging
     Face's format, or one of HUB_MODELS. Raises OSError, or ValueError if it is none of these.
@@ -506,19 +490,23 @@ def load_checkpoint(path):
     return checkpoint
 
 
-# --- GPT-2's weights in and out (skip this on a first reading) ------------------------------------
+# --- GPT-2's weights in and out (skip on a first reading) ------------------------------------
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUGGING_FACE_NAMES = {"block_size": "n_positions", "tie_weights": "tie_word_embeddings"}
 HUGGING_FACE_NAMES |= {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-ARCHITECTURE = {  # settings that GPTConfig lacks: the only values that this file can compute
+ARCHITECTURE = {  # settings that GPTConfig lacks: the only values supported here
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
+TRANSPOSED = (
+    "c_attn.weight",
+    "c_proj.weight",
+    "c_fc.weight",
+)  # Hugging Face stores these as (in, out)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -527,8 +515,7 @@ def load_huggingface(path):
     which belongs to a training run and not to its result."""
     with damaged(path.with_name("config.json")):
         settings = json.loads(path.with_name("config.json").read_bytes())
-        supported = {**ARCHITECTURE, "n_inner": settings.get("n_inner") and 4 * settings["n_embd"]}
-        for name, value in supported.items():
+        for name, value in ARCHITECTURE.items():
             if settings.get(name, value) != value:
                 raise ValueError(f"{name} is {settings[name]!r}; only {value!r} is supported")
         settings.setdefault("tie_word_embeddings", True)
@@ -537,7 +524,7 @@ def load_huggingface(path):
     for name, tensor in read_safetensors(path).items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # these are the causal mask
-            # a transposed view: the file stays mapped, and products with it are as fast
+            # a transposed view: the file stays mapped, and multiplying by it is just as fast
             weights[name] = tensor.mT if name.endswith(TRANSPOSED) else tensor
     if config["tie_weights"]:
         weights["lm_head.weight"] = weights.get("transformer.wte.weight")
@@ -552,13 +539,11 @@ def read_safetensors(path):
     """
     tensors = {}
     with damaged(path), open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # changes stay in memory
-        data_start = 8 + int.from_bytes(memory[:8], "little")
-        header = json.loads(memory[8:data_start])
-        data = torch.frombuffer(memory, dtype=torch.uint8)
-        for name, entry in header.items():
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        data = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+        for name, entry in json.loads(header).items():
             if (dtype := DTYPES.get(entry.get("dtype"))) is not None:
-                start, end = (data_start + offset for offset in entry["data_offsets"])
+                start, end = (8 + len(header) + offset for offset in entry["data_offsets"])
                 part = data[start:end] if start % dtype.itemsize == 0 else data[start:end].clone()
                 tensors[name] = part.view(dtype).view(entry["shape"])
     return tensors
@@ -603,8 +588,8 @@ def write_safetensors(path, tensors):
 
 
 def download_gpt2(name):
-    """The folder of one of HUB_MODELS in torch.hub's, filled from Hugging Face's hub, or a mirror
-    of it in HF_ENDPOINT, if it is not there yet."""
+    """Downloads one of HUB_MODELS, unless torch.hub's folder has it, and returns its folder.
+    HF_ENDPOINT can name a mirror of Hugging Face's hub."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     folder = pathlib.Path(torch.hub.get_dir(), name)
     folder.mkdir(parents=True, exist_ok=True)

@@ -55,12 +55,12 @@ def load_model(config):
     tokenizer = prepare_data.build_tokenizer(checkpoint["tokenizer"])
     with damaged(config.init_from):
         model = GPT.from_checkpoint(checkpoint)
-        # rows that only pad the vocabulary are never to be sampled
+        # without the rows that only pad the vocabulary, so that they are never sampled
         model.resize(vocab_size=min(tokenizer.n_vocab, model.config.vocab_size))
     if config.dtype not in ("", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
-    # a small model's products are too short to repay conversions, or threads, which wait for one
-    # another beside other work
+    # a small model's matrices gain nothing from bfloat16 and little from threads, which wait for
+    # one another beside other work
     is_small = model.config.n_embd < 512
     if is_small:
         torch.set_num_threads(1)
@@ -74,25 +74,22 @@ def write(model, tokenizer, tokens, config, generator, num_samples=1):
     texts and the number of tokens. Ctrl-C stops generation."""
     block_size, end = model.config.block_size, tokenizer.eot_token
     if len(tokens) > block_size:
-        note = f"the prompt has {len(tokens)} tokens; the model sees only the last {block_size}"
-        print(f"note: {note}", file=sys.stderr)
-    # a decoder holds the bytes of a character that is split across tokens until it is complete
-    utf8 = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
-    texts, count = [""] * num_samples, 0
+        print(f"the model sees only the last {block_size} of {len(tokens)} tokens", file=sys.stderr)
+    # holds the bytes of a character that is split across tokens until it is complete
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    written, count = [b""] * num_samples, 0
     idx = torch.tensor([tokens] * num_samples, device=model.lm_head.weight.device)
     choice = (config.temperature, config.top_k, config.top_p)
     with contextlib.suppress(KeyboardInterrupt):
         for step in model.generate(idx, config.max_new_tokens, *choice, end, generator):
             for i, token in enumerate(step.tolist()):
                 if token != end:
-                    count += 1
-                    text = utf8[i].decode(token_bytes(tokenizer, token))
-                    texts[i] += text
+                    data, count = token_bytes(tokenizer, token), count + 1
+                    written[i] += data
                     if i == 0:
-                        print(text, end="", flush=True)
-    rests = [decoder.decode(b"", final=True) for decoder in utf8]
-    print(rests[0])
-    return [text + rest for text, rest in zip(texts, rests)], count
+                        print(decoder.decode(data), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    return [data.decode(errors="replace") for data in written], count
 
 
 def write_samples(model, tokenizer, prompt, config, generator):
@@ -112,12 +109,10 @@ def fitting_prompt(messages, tokenizer, template, limit):
     """chat_prompt in at most limit tokens: the oldest exchanges are dropped, the system prompt is
     kept, and a single overlong message keeps only its end."""
     head = [message for message in messages if message["role"] == "system"]
-    rest = messages[len(head) :]
-    while True:
-        tokens = prepare_data.chat_prompt(head + rest, tokenizer, template)
-        if len(tokens) <= limit or len(rest) == 1:
-            return tokens[-limit:]
+    rest, prompt = messages[len(head) :], prepare_data.chat_prompt
+    while len(tokens := prompt(head + rest, tokenizer, template)) > limit and len(rest) > 1:
         rest = rest[2:]  # without the oldest question and its answer
+    return tokens[-limit:]
 
 
 def chat(model, tokenizer, template, config, generator):
@@ -128,13 +123,11 @@ def chat(model, tokenizer, template, config, generator):
     messages = [{"role": "system", "content": config.system}] if config.system else []
     with contextlib.suppress(EOFError):
         while True:
-            question = input("> " if sys.stdin.isatty() else "").strip()
-            if not question:
-                continue
-            messages.append({"role": "user", "content": question})
-            tokens = fitting_prompt(messages, tokenizer, template, limit)
-            (answer,), _ = write(model, tokenizer, tokens, config, generator)
-            messages.append({"role": "assistant", "content": answer})
+            if question := input("> " if sys.stdin.isatty() else "").strip():
+                messages.append({"role": "user", "content": question})
+                tokens = fitting_prompt(messages, tokenizer, template, limit)
+                (answer,), _ = write(model, tokenizer, tokens, config, generator)
+                messages.append({"role": "assistant", "content": answer})
 
 
 @torch.no_grad()
@@ -145,12 +138,12 @@ def draw_attention(model, tokenizer, text, path):
     except ImportError as error:
         raise ValueError("--attention needs matplotlib: pip install matplotlib") from error
     tokens = tokenizer.encode_ordinary(text)[: min(24, model.config.block_size)]
+    idx = torch.tensor(tokens, device=model.lm_head.weight.device)
+    x = (model.transformer.wte(idx) + model.transformer.wpe.weight[: len(tokens)])[None]
     maps = []  # of each layer, (n_head, T, T)
     for block in model.transformer.h:
-        block.attn.register_forward_pre_hook(
-            lambda attn, inputs: maps.append(attention_weights(*attn.heads(inputs[0])[:2])[0])
-        )
-    model(torch.tensor([tokens], device=model.lm_head.weight.device))
+        maps.append(attention_weights(*block.attn.heads(block.ln_1(x))[:2])[0])
+        x = block(x)
     layers, heads, names = len(maps), len(maps[0]), [token_label(tokenizer, t) for t in tokens]
     side = max(2, len(tokens) / 6)  # of a panel, inches
     figure = Figure(figsize=(side * heads, side * layers), layout="constrained")
@@ -193,7 +186,9 @@ def main(argv=None):
         with damaged(path):
             prompt = clean(path.read_bytes().decode())
     if not prompt and (config.attention or config.surprise or config.start):
-        raise ValueError("--start is empty: give some text, or omit it to start a new document")
+        raise ValueError(
+            "--start is empty: pass some text, or leave it out to begin a new document"
+        )
     model, tokenizer, checkpoint = load_model(config)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
     if config.attention:

@@ -37,7 +37,7 @@ import gpt
 import prepare_data
 import sample
 import train
-from gpt import GPT, GPTConfig, KVCache, keep_top_p, load_checkpoint
+from gpt import GPT, GPTConfig, keep_top_p, load_checkpoint
 from prepare_data import SPLIT, bpe_encode, bpe_spec, build_tokenizer, clean, cut, train_bpe
 
 TINY = {"block_size": 16, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -213,11 +213,12 @@ def test_dropout_on_attention_weights_keeps_their_mean(dtype):
 
 def test_reading_in_steps_with_a_cache_is_reading_at_once():
     model, idx = tiny_model(), tokens(3, 16)
-    cache = [KVCache(16) for _ in model.transformer.h]
-    steps = [model.hidden(part, cache) for part in idx.split([5, 1, 4, 6], dim=1)]
+    cache, starts = model.new_cache(3, 16), [0, 5, 6, 10]
+    parts = zip(idx.split([5, 1, 4, 6], dim=1), starts)
+    steps = [model.hidden(part, cache, start) for part, start in parts]
     assert_close(torch.cat(steps, dim=1), model.hidden(idx))
     with pytest.raises(ValueError, match="17 tokens do not fit"):
-        model.hidden(idx[:, :1], cache)
+        model.hidden(idx[:, :1], cache, 16)
 
 
 def test_when_the_context_is_full_generation_starts_afresh_on_its_last_half():
@@ -2057,7 +2058,7 @@ BAD_TRAINING = {  # flags: what the error must say
     f"--n_embd={2**63}": "1 or more",
     "--batch_size=0": "--batch_size=0",
     "--eval_interval=0": "--eval_interval=0",
-    "--block_size=100000": "do not fill a window of 100001",
+    "--block_size=100000": "too little text",
     "--device=abacus": "abacus",
     "--dtype=int3": "int3.*float32",
     "--init_from=nowhere": "nowhere",

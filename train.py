@@ -60,7 +60,7 @@ class RunConfig:
 
 
 def check_counts(config):
-    """Raises ValueError for a count that must not be 0."""
+    """Raises ValueError if one of these counts is 0."""
     for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
         if not 1 <= getattr(config, name) < 2**31:
             raise ValueError(f"--{name}={getattr(config, name)}: must be 1 or more, below 2**31")
@@ -92,7 +92,7 @@ MODEL_FLAGS = [field.name for field in fields(GPTConfig) if field.name != "vocab
 class Windows:
     """Windows of block_size + 1 consecutive tokens, as an endless, reproducible sequence.
 
-    Each epoch cuts the shards at a new offset, the phase, and shuffles the windows. No window
+    Each epoch cuts the shards at a random offset (the phase) and shuffles the windows. No window
     crosses a shard, which leaves out fewer than 2 * block_size tokens of each. The n-th window
     depends on seed and n alone, so a run can resume at any step and several processes can share it.
     """
@@ -101,7 +101,7 @@ class Windows:
         self.arrays, self.block_size, self.vocab_size = arrays, block_size, vocab_size
         self.seed, self.epoch = seed, None
         fitting = [(len(array) - 1) // block_size for array in arrays]
-        # one fewer than fit, at least 1 if any does, so that a phase can shift them all
+        # leaves one window of room for the phase, unless only one fits
         self.first = np.cumsum([0, *(min(fit, max(1, fit - 1)) for fit in fitting)])
         self.per_epoch = int(self.first[-1])
 
@@ -112,7 +112,7 @@ class Windows:
         for i in windows:
             shard = np.searchsorted(self.first, i, side="right") - 1
             array, start = self.arrays[shard], phase + (i - self.first[shard]) * self.block_size
-            start = min(start, len(array) - self.block_size - 1)  # one window leaves no phase room
+            start = min(start, len(array) - self.block_size - 1)  # a lone window cannot shift
             rows.append(array[start : start + self.block_size + 1].astype(np.int64))
         batch = np.stack(rows)
         if batch.max() >= self.vocab_size:
@@ -140,7 +140,7 @@ class Windows:
 
 
 class Machine:
-    """Device and precision of a run; which of torchrun's processes this is, and how they talk.
+    """Device and precision of a run; this process's place among torchrun's.
 
     Fills in config.dtype, which checkpoints then hold, so that a resumed run keeps it.
     """
@@ -153,7 +153,6 @@ class Machine:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = pick_device(name)
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", self.device.index or 0)
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -186,15 +185,13 @@ class Machine:
         return totals.tolist()
 
     def seed(self, *numbers):
-        """Makes dropout depend on these numbers and the rank alone."""
+        """Seeds dropout from these numbers and the rank alone."""
         torch.manual_seed(int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0]))
 
 
 def use_few_threads(model):
-    """Trains a model of under two million parameters on one thread, unless OMP_NUM_THREADS is set.
-
-    A second one gains at most 40 % there; but beside other work, threads wait for one another, and
-    training on two becomes three times as slow as on one.
+    """One thread for under two million parameters, unless OMP_NUM_THREADS is set. A second gains at
+    most 40 %; beside other work, the two wait for each other and are three times as slow as one.
     """
     if sum(p.numel() for p in model.parameters()) < 2e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -214,12 +211,10 @@ def configure_optimizer(model, learning_rate, weight_decay, betas, scales=None):
         if parameter.requires_grad:
             scale = next((s for end, s in (scales or {}).items() if name.endswith(end)), 1)
             decay = weight_decay if parameter.dim() >= 2 else 0.0
-            groups.setdefault((scale, decay), []).append(parameter)
-    groups = [
-        {"params": params, "lr": learning_rate * scale, "lr_scale": scale, "weight_decay": decay}
-        for (scale, decay), params in groups.items()
-    ]
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+            group = {"params": [], "lr": learning_rate * scale, "lr_scale": scale}
+            group = groups.setdefault((scale, decay), {**group, "weight_decay": decay})
+            group["params"].append(parameter)
+    return torch.optim.AdamW(groups.values(), betas=betas, fused=True)
 
 
 def learning_rate_at(step, config):
@@ -248,20 +243,15 @@ class Pretraining:
         # A row of the token embedding learns only when its token occurs, and its steps, like the
         # head's, need not shrink as the matrices grow (Yang et al. 2022, "Tensor Programs V"). The
         # factors were found by trial. A tied head, which is both at once, gets none.
-        self.lr_scales = {"wte.weight": 20, "lm_head.weight": 4}
-        if model.config.tie_weights:
-            self.lr_scales = {}
+        self.lr_scales = {} if model.config.tie_weights else {"wte.weight": 20, "lm_head.weight": 4}
         vocab_size, train, val = meta["vocab_size"], meta["splits"]["train"], meta["splits"]["val"]
         self.windows = Windows(train["arrays"], config.block_size, vocab_size, config.seed)
         if not self.windows.per_epoch:
-            raise ValueError(
-                f"{config.data}: {train['tokens']} training tokens do not fill a window of "
-                f"{config.block_size + 1}; use more text or a smaller --block_size"
-            )
+            raise ValueError(f"{config.data}: too little text for --block_size={config.block_size}")
         # a validation split shorter than the context has shorter windows
         block_size = min(config.block_size, max(map(len, val["arrays"])) - 1)
         self.val_windows = Windows(val["arrays"], block_size, vocab_size)
-        # 1 nat per token in bits per byte of text, the unit in which tokenizers can be compared
+        # from nats per token to bits per byte, which can be compared between tokenizers
         self.bits_per_byte = val["tokens"] / val["bytes"] / math.log(2)
         compiles = config.compile and machine.device.type == "cuda" and sys.platform != "win32"
         self.forward = torch.compile(model) if compiles else model
@@ -269,7 +259,7 @@ class Pretraining:
             self.forward = nn.parallel.DistributedDataParallel(self.forward)
 
     def updates(self, state):
-        """One update per step. When its losses are exhausted, state has advanced."""
+        """One update per step. State advances once all losses have been drawn."""
         yield self.losses(state)
 
     def losses(self, state):
@@ -353,7 +343,10 @@ def train(config, machine, task, saved=None):
     losses, clock = [], time.perf_counter()
     use_few_threads(task.model)
     with stop_signals(machine) as signals:
-        while state["step"] < config.max_iters and not out_of_patience(state, config):
+        while state["step"] < config.max_iters:
+            if 0 < config.patience <= state["evaluations_since"]:
+                print(f"no improvement in {config.patience} evaluations (--patience)")
+                break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(state["step"], config) * group["lr_scale"]
             machine.seed(config.seed, state["step"])
@@ -387,12 +380,14 @@ def train(config, machine, task, saved=None):
 
 
 def restore(saved, config, optimizer, scaler):
-    """The state of a new run, or of the one that saved comes from, with its optimizer's."""
+    """The state of a new run, or of the run in saved, whose optimizer it also restores."""
     state = {"step": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "rows": []}
     state |= {"best_val_loss": math.inf, "evaluations_since": 0, "has_saved": False}
     if saved:
         with damaged(f"{config.out_dir}/last.pt"):
-            settings = optimizer.state_dict()  # these are the config's; only moments are the file's
+            settings = (
+                optimizer.state_dict()
+            )  # hyperparameters come from config, moments from the file
             optimizer.load_state_dict({**settings, "state": saved["optimizer"]["state"]})
             if saved["scaler"] and scaler.is_enabled():
                 scaler.load_state_dict(saved["scaler"])
@@ -402,24 +397,14 @@ def restore(saved, config, optimizer, scaler):
     return state
 
 
-def out_of_patience(state, config):
-    """Whether the last config.patience evaluations brought no improvement."""
-    is_out = 0 < config.patience <= state["evaluations_since"]
-    if is_out:
-        print(f"no improvement in {config.patience} evaluations (--patience)")
-    return is_out
-
-
 def summarize(config, machine, state, losses, norm, clock):
     """The row of metrics.csv about the steps since the last one, which began at clock. Raises
     ValueError if losses or gradients are not finite, so that no such weights are ever saved."""
     loss = machine.sum(torch.stack(losses).mean().item())[0] / machine.world_size
     norm = norm.item()
     if not math.isfinite(loss) or not (math.isfinite(norm) or machine.scaler.is_enabled()):
-        raise ValueError(
-            f"stopped at step {state['step']}: the loss is {loss} and the norm of the gradient "
-            f"{norm}; saved checkpoints are intact; try a lower --learning_rate"
-        )
+        what = f"the loss is {loss}, the norm of the gradient {norm}"
+        raise ValueError(f"stopped at step {state['step']}: {what}; try a lower --learning_rate")
     seconds = time.perf_counter() - clock
     state["seconds"] += seconds
     earlier = state["rows"][-1]["tokens"] if state["rows"] else 0
@@ -449,8 +434,8 @@ def format_metrics(metrics):
 
 def save(config, machine, task, optimizer, state):
     """Writes best.pt if the validation loss is the lowest so far, then last.pt with everything
-    needed for the next step. The first save of a run moves an earlier one aside, now that there is
-    something to put in its place."""
+    needed for the next step. The first save of a run, and not its start, moves an
+    earlier run aside, so that a run that fails at once replaces nothing."""
     val_loss = state["rows"][-1].get("val_loss", math.nan)  # nan: a signal, without an evaluation
     is_best = val_loss < state["best_val_loss"]
     if is_best:
@@ -473,12 +458,11 @@ def save(config, machine, task, optimizer, state):
 
 def set_aside(folder):
     """Moves the files of an earlier run to folder/previous, where they replace those there."""
-    if (folder / "best.pt").exists() or (folder / "last.pt").exists():
+    names = ("metrics.csv", "loss.png", "best.pt", "last.pt")
+    for path in filter(pathlib.Path.exists, [folder / name for name in names]):
         (folder / "previous").mkdir(exist_ok=True)
-        for name in ("metrics.csv", "loss.png", "best.pt", "last.pt"):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(folder / name, folder / "previous" / name)
-        print(f"the earlier run in {folder} is now in {folder / 'previous'}")
+        os.replace(path, folder / "previous" / path.name)
+        print(f"the earlier run's {path} is now in {folder / 'previous'}")
 
 
 def write_metrics(folder, rows, curves):
@@ -507,7 +491,7 @@ def write_metrics(folder, rows, curves):
 @contextlib.contextmanager
 def stop_signals(machine):
     """Yields a list of the signals caught: the first Ctrl-C or SIGTERM asks for a stop after the
-    current step; the second acts at once, except under torchrun, which sends every one twice."""
+    current step; the second acts at once, except under torchrun, which sends each signal twice."""
     caught = []
 
     def catch(number, frame):
@@ -551,14 +535,11 @@ def make_model(config, flags, meta, checkpoint, resumes):
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
     path = config.out_dir if resumes else config.init_from
     spec = prepare_data.tokenizer_of(checkpoint, path)
-    if spec != meta["tokenizer"]:  # GPT-2's has two names
+    if spec != meta["tokenizer"]:  # the same tokenizer can have two specs, as GPT-2's does
         build = prepare_data.build_tokenizer
         if build(spec)._mergeable_ranks != build(meta["tokenizer"])._mergeable_ranks:
-            raise ValueError(
-                f"{config.data} and {path} have different tokenizers; prepare the text with "
-                "--tokenizer=gpt2 for GPT-2, or --tokenizer=FOLDER, the data folder that the "
-                "checkpoint was trained on"
-            )
+            hint = "prepare the text with --tokenizer=FOLDER, its data folder, or --tokenizer=gpt2"
+            raise ValueError(f"{config.data} and {path} have different tokenizers: {hint}")
     with damaged(path):
         dropouts = {"dropout": config.dropout, "attn_dropout": config.attn_dropout}
         model = GPT.from_checkpoint(checkpoint, **dropouts)
@@ -582,7 +563,7 @@ def main(argv=None):
     machine = Machine(config)
     if machine.rank == 0:
         load_data(config.data)  # which may prepare it, while the others wait
-    machine.sum(0)
+    machine.sum(0)  # waits for rank 0
     meta = load_data(config.data)
     if saved and saved["data_digest"] != meta["digest"]:
         raise ValueError(f"{config.data}: not the data that {config.out_dir} was trained on")
