@@ -96,7 +96,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # (2, B, n_head, capacity, d): keys and values of all positions
             end = start + x.size(1)
             cache[:, :, :, start:end] = qkv[1:]
-            k, v = cache[:, :, :, :end]
+            k, v = cache[:, :, :, :end].to(q.dtype)
         y = attention(q, k, v, self.attn_dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side
         return fast_dropout(self.c_proj(y), self.dropout, self.training)
@@ -225,10 +225,8 @@ class GPT(nn.Module):
         """
         block_size = self.config.block_size
         context = idx[:, -block_size:]  # the tokens since position 0
-        cache, start = (
-            self.new_cache(len(idx), min(block_size, context.size(1) + max_new_tokens)),
-            0,
-        )
+        capacity = min(block_size, context.size(1) + max_new_tokens)
+        cache, start = self.new_cache(len(idx), capacity), 0  # start: how many tokens it holds
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
         for _ in range(max_new_tokens):
             if start == block_size:
