@@ -132,7 +132,7 @@ class Task:
     # where the config has 0; the learning rate is for a model that is 128 wide
     defaults: ClassVar = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
     defaults |= {"max_new_tokens": 128}
-    columns = ("output",)  # with the answers
+    columns = ("output",)  # of a row, which hold its answers
     has_head = False  # in addition to the language model's
     writes = False  # whether held-out prompts are answered, before and after training
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
@@ -242,6 +242,7 @@ class Task:
             return self.model["head"](x.float())
 
     def prepare(self):
+        """Decides which weights are trained, how fast, in which batches, and for how many steps."""
         config, gpt = self.config, self.gpt
         gpt.requires_grad_(config.train == "all")
         if config.train == "last_block":
@@ -303,6 +304,7 @@ class Task:
         return means
 
     def in_batches(self, examples, function):
+        """[what function returns for each batch], with dropout off and without gradients."""
         self.model.eval()
         size = 2 * self.config.batch_size
         with torch.no_grad(), self.machine.autocast():
@@ -829,8 +831,8 @@ def text_of(row, *names):
 
 
 def conversation_of(row, *answers):
-    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; "text": the
-    same as one string; and each of these answers}. These rows are equivalent:
+    """A row -> {"messages": the prompt, [{"role", "content"}, ...]; "text": the same as one string;
+    and each of these answers}. These rows are equivalent:
 
     {"instruction": "add", "input": "1 2", "output": "3"}     "prompt" is "instruction", too
     {"messages": [a user's message, the assistant's answer]}
@@ -856,7 +858,8 @@ def conversation_of(row, *answers):
     for name in answers:
         value = row.get(name, row.get("messages"))
         if isinstance(value, list):
-            value = [m["content"] for m in value if m["role"] == "assistant"][-1]
+            said = [m["content"] for m in value if m["role"] == "assistant"]
+            value = said[-1] if said else None
         example[name] = text_of({name: value} if value else row, name)
     return example
 
@@ -865,7 +868,8 @@ def to_row(parts, block_size):
     """[(tokens, is_learned), ...] -> idx, targets: lists of one length, at most block_size. A
     target is the token after its idx, or -100 if that one is not learned.
 
-    What is too long loses its beginning, up to the last part; if that alone is too long, its end.
+    A conversation that is too long is cut at its start, down to its last part; if that part alone
+    is too long, at its end, too.
     """
     tokens = [token for part, _ in parts for token in part]
     learned = [token if is_learned else -100 for part, is_learned in parts for token in part]

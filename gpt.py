@@ -156,9 +156,9 @@ class GPT(nn.Module):
         """GPT-2's initialization (Radford et al. 2018, section 4.1; 2019, section 2.3).
 
         A tied wte is also the output head and must be small for the first logits to be small.
-        Where the two are separate, we chose our own: tokens start at N(0, 1), so that the
-        first updates are small beside them; positions as sinusoids, so that near and far differ from the start;
-        the head at zero, so that the first loss is ln(vocab_size).
+        Where the two are separate, we chose our own: tokens start at N(0, 1), so that the first
+        updates are small beside them; positions as sinusoids, so that near and far differ from the
+        start; the head at zero, so that the first loss is ln(vocab_size).
         """
         n_layer, tied = self.config.n_layer, self.config.tie_weights
         for name, parameter in self.named_parameters():
@@ -319,7 +319,7 @@ def next_token_losses(lm_head, x, targets):
     return F.cross_entropy(lm_head(x).float(), targets, reduction="none")
 
 
-# --- the choice of the next token -------------------------------------------------------------------
+# --- the choice of the next token -----------------------------------------------------------------
 
 
 def keep_top_p(logits, p):
@@ -350,7 +350,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return (tokens.gather(-1, drawn) if top_k else drawn)[:, 0]
 
 
-# --- faster versions for CPUs -----------------------------------------------------------------------
+# --- faster versions for CPUs ---------------------------------------------------------------------
 
 
 def fast_dropout(x, p, training=True):
@@ -488,7 +488,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-# --- GPT-2's weights in and out (skip on a first reading) ------------------------------------
+# --- GPT-2's weights in and out (skip on a first reading) -----------------------------------------
 
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUGGING_FACE_NAMES = {"block_size": "n_positions", "tie_weights": "tie_word_embeddings"}
@@ -500,11 +500,8 @@ ARCHITECTURE = {  # settings that GPTConfig lacks: the only values supported her
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }
-TRANSPOSED = (
-    "c_attn.weight",
-    "c_proj.weight",
-    "c_fc.weight",
-)  # Hugging Face stores these as (in, out)
+# Hugging Face stores these as (in, out)
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

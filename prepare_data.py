@@ -101,9 +101,7 @@ def find_files(inputs, skip=refuse):
             files.append(path)
             continue
         if not path.is_dir():
-            raise ValueError(
-                f"{path}: no such file or folder (a pipe will not do: the text is read twice)"
-            )
+            raise ValueError(f"{path}: no such file or folder (a pipe cannot be read twice)")
         for folder, inside, names in os.walk(path, onerror=lambda error: skip(str(error))):
             inside[:] = sorted(name for name in inside if name[0] != ".")
             files += [pathlib.Path(folder, name) for name in sorted(names) if name[0] != "."]
@@ -171,7 +169,7 @@ LINE = re.compile(r"br|dd|dt|li|option|td|th|tr")
 
 
 class VisibleText(html.parser.HTMLParser):
-    """Collects the visible text of a page, with blank lines between blocks and <pre> unchanged."""
+    """Collects the visible text of a page: a blank line between blocks, <pre> as it is."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +206,7 @@ def html_to_text(page):
 
 def clean(text):
     """Text in NFC, with \\n for line endings and without control characters, byte-order marks, lone
-    surrogates, spaces before a line ending, two blank lines in a row, or any at either end.
+    surrogates, spaces before a line ending, two blank lines in a row, or blank lines at the ends.
 
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
@@ -247,7 +245,7 @@ def library_docstrings():
 
 def docstrings(node, name):
     """Yields (signature, docstring) of a module, class or function and of all inside it."""
-    if text := ast.get_docstring(node):  # which leaves nothing of a blank one
+    if text := ast.get_docstring(node):  # "" if it is blank
         arguments = getattr(node, "args", None)
         yield name + (f"({ast.unparse(arguments)})" if arguments else ""), text
     for child in ast.iter_child_nodes(node):
@@ -429,6 +427,9 @@ def build_tokenizer(spec):
             return tiktoken.Encoding(
                 name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
             )
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise ValueError(f"unknown tokenizer {name!r}: bpe, {', '.join(names)}, or a folder")
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:
@@ -470,8 +471,8 @@ def default_template(tokenizer):
 def chat_parts(messages, tokenizer, template):
     """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...].
 
-    Each answer, which <|endoftext|> ends, is encoded on its own and never merged with the text
-    before it, because that is how the model will write it.
+    An answer ends with <|endoftext|>. It is encoded apart from the text before it, because the
+    model will write it that way.
     """
     parts = []
     for message in messages:
@@ -577,7 +578,7 @@ def write_shards(documents, tokenizer, folder):
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
 
     def flush(split):
-        shard, stats = np.concatenate(waiting.pop(split)), splits[split]
+        shard, stats = np.concatenate(waiting[split]), splits[split]
         stats["shards"].append(f"{split}_{len(stats['shards']):05d}.npy")
         with open(folder / f"{stats['shards'][-1]}.tmp", "wb") as file:
             np.save(file, shard)
@@ -618,8 +619,8 @@ def old_shards(folder):
 
 
 def install(meta, folder):
-    """Replaces the earlier shards with the finished ones. After a crash the folder is
-    either whole or refused by open_data. No other file in the folder is touched."""
+    """Replaces the earlier shards with the finished ones. After a crash the folder is either whole
+    or refused by open_data. No other file in the folder is touched."""
     old = old_shards(folder)
     (folder / "meta.json").unlink(missing_ok=True)
     for path in old:

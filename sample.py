@@ -186,9 +186,7 @@ def main(argv=None):
         with damaged(path):
             prompt = clean(path.read_bytes().decode())
     if not prompt and (config.attention or config.surprise or config.start):
-        raise ValueError(
-            "--start is empty: pass some text, or leave it out to begin a new document"
-        )
+        raise ValueError("--start is empty: pass some text, or omit it for a new document")
     model, tokenizer, checkpoint = load_model(config)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
     if config.attention:

@@ -556,7 +556,7 @@ def test_missing_input_is_refused_with_the_reason(tmp_path, monkeypatch):
         (["gone.txt"], "no such file"),
         (["empty"], "no files"),
         (["pipe"], "pipe"),
-        (["a.txt", "--tokenizer=gpt9"], "gpt9"),
+        (["a.txt", "--tokenizer=gpt9"], "gpt9.*gpt2"),
         (["a.txt", "--tokenizer=r50k_base"], r"TIKTOKEN_CACHE_DIR.*--tokenizer=bpe"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -1737,6 +1737,7 @@ BAD_EXAMPLES = {  # what the error must say: task, rows
     "too few examples": ("classify", [{"text": "a", "label": "a"}]),
     "line 1: .*list": ("classify", [["a", "b"]]),
     "there is no prompt": ("instruct", [{"messages": [{"role": "assistant", "content": "a"}]}]),
+    "no column output": ("instruct", [{"messages": [{"role": "user", "content": "a"}]}]),
     "output is empty": ("instruct", [{"instruction": "a", "output": ""}]),
     "no column instruction or prompt": ("instruct", [{"output": "a"}]),
     "roles are system": ("instruct", [{"messages": [{"role": "robot", "content": "a"}]}]),
