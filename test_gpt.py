@@ -588,6 +588,12 @@ def test_shards_hold_the_whole_text_in_the_order_of_its_documents(tmp_path, monk
     assert abs(meta["splits"]["val"]["bytes"] / len("".join(texts)) - 0.1) < 0.02
 
 
+def test_a_document_encoded_in_parts_counts_once(tmp_path):
+    splits = prepare(tmp_path / "data", story(20_000))["splits"]
+    assert len(story(20_000)) > 2**16  # the length of a part
+    assert [splits[name]["documents"] for name in ("train", "val")] == [1, 1]
+
+
 def test_documents_keep_to_one_split_and_duplicates_are_dropped(tmp_path, capsys):
     documents = [f"{clean(story(30, seed=i))} {i}é" for i in range(300)]
     rows = [{"text": document} for document in documents + documents[:50]]
