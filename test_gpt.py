@@ -748,7 +748,7 @@ def test_the_default_data_is_made_only_in_an_empty_place(tmp_path, monkeypatch):
             (tmp_path / "data").mkdir(exist_ok=True)
             (tmp_path / file).touch()
         with pytest.raises(FileNotFoundError, match=r"prepare_data.py \S+ --out="):
-            train.load_data(data)
+            train.main([f"--data={data}"])
         assert bool(made) == is_made
         made.clear()
 

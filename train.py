@@ -13,8 +13,6 @@ With the same seed, a run on one CPU gives bit-identical weights, even if interr
 """
 
 import contextlib
-import csv
-import glob
 import io
 import math
 import os
@@ -22,11 +20,10 @@ import pathlib
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
-from torch import nn
 
 import prepare_data
 from gpt import GPT, GPTConfig, load_checkpoint, pick_device, pick_dtype, save_checkpoint
@@ -36,9 +33,7 @@ from prepare_data import damaged, flag_parser, lock, open_data, script, write_fi
 
 
 @dataclass
-class RunConfig:
-    """Settings shared by every kind of training, including fine-tuning."""
-
+class RunConfig:  # shared with finetune.py
     out_dir: str = "out"  # folder for checkpoints and metrics.csv
     batch_size: int = 4  # examples per micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches per step, per process
@@ -83,82 +78,26 @@ class TrainConfig(RunConfig):
     tie_weights: bool = False  # the output head shares the token embedding
 
 
-MODEL_FLAGS = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-class Windows:
-    """Windows of block_size + 1 consecutive tokens, as an endless, reproducible sequence.
-
-    Each epoch cuts the shards at a random offset (the phase) and shuffles the windows. No window
-    crosses a shard, which leaves out fewer than 2 * block_size tokens of each. The n-th window
-    depends on seed and n alone, so a run can resume at any step and several processes can share it.
-    """
-
-    def __init__(self, arrays, block_size, vocab_size, seed=0):
-        self.arrays, self.block_size, self.vocab_size = arrays, block_size, vocab_size
-        self.seed, self.epoch = seed, None
-        fitting = [(len(array) - 1) // block_size for array in arrays]
-        # leaves one window of room for the phase, unless only one fits
-        self.first = np.cumsum([0, *(min(fit, max(1, fit - 1)) for fit in fitting)])
-        self.per_epoch = int(self.first[-1])
-
-    def read(self, windows, phase=0):
-        """Window numbers of an epoch that begins at phase -> idx, targets (B, T), int64: each
-        target is the token after its idx."""
-        rows = []
-        for i in windows:
-            shard = np.searchsorted(self.first, i, side="right") - 1
-            array, start = self.arrays[shard], phase + (i - self.first[shard]) * self.block_size
-            start = min(start, len(array) - self.block_size - 1)  # a lone window cannot shift
-            rows.append(array[start : start + self.block_size + 1].astype(np.int64))
-        batch = np.stack(rows)
-        if batch.max() >= self.vocab_size:
-            raise ValueError(f"a shard is damaged: token {batch.max()} of {self.vocab_size}")
-        batch = torch.from_numpy(batch)
-        return batch[:, :-1], batch[:, 1:]
-
-    def batch(self, first, count):
-        """Windows first ... first + count - 1 of the sequence -> idx, targets, (count, T) each."""
-        parts, end = [], first + count
-        while first < end:
-            epoch, i = divmod(first, self.per_epoch)
-            if epoch != self.epoch:
-                rng = np.random.default_rng([self.seed, epoch])
-                self.phase = int(rng.integers(self.block_size))
-                self.order = rng.permutation(self.per_epoch).astype(np.uint32)
-                self.epoch = epoch
-            windows = self.order[i : i + end - first]
-            parts.append(self.read(windows, self.phase))
-            first += len(windows)
-        return tuple(map(torch.cat, zip(*parts)))
-
-
 # --- the machine ----------------------------------------------------------------------------------
 
 
 class Machine:
-    """Device and precision of a run; this process's place among torchrun's.
-
-    Fills in config.dtype, which checkpoints then hold, so that a resumed run keeps it.
-    """
+    """Device and precision of a run; this process's place among torchrun's. Fills in config.dtype,
+    which checkpoints then hold, so that a resumed run keeps it."""
 
     def __init__(self, config):
         self.rank = int(os.environ.get("RANK", "0"))  # torchrun sets these
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         name = config.device
-        if self.world_size > 1 and name in ("", "cuda") and torch.cuda.is_available():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if name in ("", "cuda") and torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         self.device = pick_device(name)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend)
-            if self.rank > 0:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # only rank 0 prints
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.rank > 0:  # only rank 0 prints
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         config.dtype = config.dtype or str(pick_dtype(self.device)).removeprefix("torch.")
         if config.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
@@ -176,13 +115,12 @@ class Machine:
             tensors = [tensor.pin_memory() for tensor in tensors]
         return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
-    def sum(self, *numbers):
-        """The sum of each number over all processes."""
-        if self.world_size == 1:
-            return numbers
-        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(totals)
-        return totals.tolist()
+    def sum(self, number):
+        """The sum of a number over all processes; waits for them."""
+        if self.world_size > 1:
+            number = torch.tensor(number, dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(number)
+        return float(number)
 
     def seed(self, *numbers):
         """Seeds dropout from these numbers and the rank alone."""
@@ -190,47 +128,55 @@ class Machine:
 
 
 def use_few_threads(model):
-    """One thread for under two million parameters, unless OMP_NUM_THREADS is set. On an idle
-    machine, two are up to 1.5 times as fast; beside other work they wait for each other, and one
-    is three times as fast as two."""
+    """One thread for under two million parameters, unless OMP_NUM_THREADS is set: two are up to 1.5
+    times as fast on an idle machine, but three times slower than one beside other work."""
     if sum(p.numel() for p in model.parameters()) < 2e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
-# --- the optimizer --------------------------------------------------------------------------------
-
-
-def configure_optimizer(model, learning_rate, weight_decay, betas, scales=None):
-    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices only.
-
-    scales, {end of a parameter's name: factor}, multiplies learning rates; the loop finds the
-    factor in each group's "lr_scale".
-    """
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = next((s for end, s in (scales or {}).items() if name.endswith(end)), 1)
-            decay = weight_decay if parameter.dim() >= 2 else 0.0
-            group = {"params": [], "lr": learning_rate * scale, "lr_scale": scale}
-            group = groups.setdefault((scale, decay), {**group, "weight_decay": decay})
-            group["params"].append(parameter)
-    return torch.optim.AdamW(groups.values(), betas=betas, fused=True)
-
-
-def learning_rate_at(step, config):
-    """Rises linearly for warmup_iters steps, then falls along a cosine to min_lr.
-
-    Step warmup_iters has learning_rate; step lr_decay_iters - 1, and all after it, min_lr.
-    """
-    highest, lowest = config.learning_rate, min(config.learning_rate, config.min_lr)
-    if step < config.warmup_iters:
-        return highest * (step + 1) / (config.warmup_iters + 1)
-    last = (config.lr_decay_iters or config.max_iters) - 1
-    done = min(1, (step - config.warmup_iters) / max(1, last - config.warmup_iters))
-    return lowest + (highest - lowest) * (1 + math.cos(math.pi * done)) / 2
-
-
 # --- pretraining ----------------------------------------------------------------------------------
+
+
+class Windows:
+    """An endless, reproducible sequence of windows of block_size + 1 consecutive tokens.
+
+    Each epoch cuts the shards at a random offset (the phase) and shuffles the windows. No window
+    crosses a shard, which leaves out fewer than 2 * block_size tokens of each. The n-th window
+    depends on seed and n alone, so a run can resume at any step and several processes can share it.
+    """
+
+    def __init__(self, arrays, block_size, vocab_size, seed=0):
+        self.arrays, self.block_size, self.vocab_size = arrays, block_size, vocab_size
+        self.seed, self.epoch = seed, None
+        self.last = np.array([len(array) - block_size - 1 for array in arrays])  # starts
+        fitting = self.last // block_size + 1
+        # leaves one window of room for the phase, unless only one fits
+        self.first = np.cumsum([0, *(fitting - (fitting > 1))])
+        self.per_epoch = int(self.first[-1])
+
+    def batch(self, first, count):
+        """Windows first ... first + count - 1 of the sequence -> idx, targets: see read()."""
+        places = []
+        for n in range(first, first + count):
+            epoch, i = divmod(n, self.per_epoch)
+            if epoch != self.epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                self.phase = int(rng.integers(self.block_size))
+                self.order = rng.permutation(self.per_epoch).astype(np.uint32)
+                self.epoch = epoch
+            places.append((self.order[i], self.phase))
+        return self.read(*np.array(places).T)
+
+    def read(self, windows, phases=0):
+        """Numbers and phases of windows -> idx and the tokens after them, (B, T) each, int64."""
+        shards = np.searchsorted(self.first, windows, side="right") - 1
+        starts = (windows - self.first[shards]) * self.block_size + phases
+        starts = np.minimum(starts, self.last[shards])  # a lone window cannot shift
+        rows = [self.arrays[shard][i : i + self.block_size + 1] for shard, i in zip(shards, starts)]
+        batch = torch.from_numpy(np.stack(rows).astype(np.int64))
+        if batch.max() >= self.vocab_size:
+            raise ValueError(f"a shard is damaged: token {batch.max()} of {self.vocab_size}")
+        return batch[:, :-1], batch[:, 1:]
 
 
 class Pretraining:
@@ -240,6 +186,7 @@ class Pretraining:
 
     def __init__(self, config, machine, model, meta):
         self.config, self.machine, self.model, self.meta = config, machine, model, meta
+        self.per_step = config.batch_size * config.gradient_accumulation_steps * machine.world_size
         # A row of the token embedding learns only when its token occurs, and its steps, like the
         # head's, need not shrink as the matrices grow (Yang et al. 2022, "Tensor Programs V"). The
         # factors were found by trial. A tied head, which is both at once, gets none.
@@ -252,11 +199,11 @@ class Pretraining:
         block_size = min(config.block_size, max(map(len, val["arrays"])) - 1)
         self.val_windows = Windows(val["arrays"], block_size, vocab_size)
         # from nats per token to bits per byte, which can be compared between tokenizers
-        self.bits_per_byte = val["tokens"] / val["bytes"] / math.log(2)
+        self.bits = val["tokens"] / val["bytes"] / math.log(2)
         compiles = config.compile and machine.device.type == "cuda" and sys.platform != "win32"
         self.forward = torch.compile(model) if compiles else model
         if machine.world_size > 1:
-            self.forward = nn.parallel.DistributedDataParallel(self.forward)
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.forward)
 
     def updates(self, state):
         """One update per step. State advances once all losses have been drawn."""
@@ -274,27 +221,24 @@ class Pretraining:
             with machine.autocast():
                 loss = self.forward(idx, targets) / micro_batches
             yield loss
-        count = config.batch_size * micro_batches * machine.world_size
-        state["examples"] += count
-        state["tokens"] += count * config.block_size
+        state["examples"] += self.per_step
+        state["tokens"] += self.per_step * config.block_size
 
     @torch.no_grad()
     def evaluate(self):
         """Mean loss over the same evenly spaced windows each time."""
-        config, machine, total, count = self.config, self.machine, 0.0, 0
-        n = self.val_windows.per_epoch
+        config, machine, n = self.config, self.machine, self.val_windows.per_epoch
         chosen = np.linspace(0, n - 1, min(n, config.eval_iters * config.batch_size)).astype(int)
+        total = 0.0
         self.model.eval()
         for i in range(0, len(chosen), config.batch_size)[machine.rank :: machine.world_size]:
-            batch = self.val_windows.read(chosen[i : i + config.batch_size])
+            windows = chosen[i : i + config.batch_size]
             with machine.autocast():
-                total += self.model(*machine.put(*batch)).item() * batch[1].numel()
-            count += batch[1].numel()
+                loss = self.model(*machine.put(*self.val_windows.read(windows)))
+            total += loss.item() * len(windows)
         self.model.train()
-        total, count = machine.sum(total, count)
-        loss = total / count
-        bits = loss * self.bits_per_byte
-        return {"val_loss": loss, "val_perplexity": perplexity(loss), "val_bpb": bits}
+        loss = machine.sum(total) / len(chosen)
+        return {"val_loss": loss, "val_perplexity": perplexity(loss), "val_bpb": loss * self.bits}
 
     def checkpoint(self):
         tokenizer, digest = self.meta["tokenizer"], self.meta["digest"]
@@ -303,14 +247,13 @@ class Pretraining:
     best_checkpoint = checkpoint  # finetune.py's differ
 
     def describe(self):
-        """Four lines about the size of the run."""
-        config, gpt, total = self.config, self.model.config, self.model.num_params()
-        windows = config.batch_size * config.gradient_accumulation_steps * self.machine.world_size
-        tokens = windows * config.max_iters * config.block_size
-        epochs = windows * config.max_iters / self.windows.per_epoch
+        """Prints four lines about the size of the run."""
+        config, total = self.config, self.model.num_params()
+        windows = self.per_step * config.max_iters
+        tokens, epochs = windows * config.block_size, windows / self.windows.per_epoch
         # 2 operations for each weight and token forward, 4 backward; and attention's two products
-        matrices = total - (0 if gpt.tie_weights else gpt.vocab_size * gpt.n_embd)
-        flops = 6 * matrices + 12 * gpt.n_layer * gpt.n_embd * config.block_size
+        matrices = total - (0 if config.tie_weights else self.model.transformer.wte.weight.numel())
+        flops = 6 * matrices + 12 * config.n_layer * config.n_embd * config.block_size
         print(f"{total:,} parameters, on {self.machine.device} in {config.dtype}")
         print(f"{tokens:,} tokens of training: {epochs:.1f} epochs")
         print(f"{flops * tokens:.1e} floating-point operations: {flops:,} per token")
@@ -318,15 +261,15 @@ class Pretraining:
 
 
 def perplexity(loss):
-    """exp(loss): inf where Python's own exp would overflow."""
-    return torch.tensor(loss).exp().item()
+    return torch.tensor(loss).exp().item()  # inf where math.exp would overflow
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
 
 def train(config, machine, task, saved=None):
-    """Trains task.model for max_iters steps, or until a signal or config.patience ends it.
+    """Trains task.model for max_iters steps, or until a signal or config.patience ends it. saved is
+    the last.pt to resume from; the model has its weights already.
 
     task.updates(state)     yields generators of losses, each of which makes one update;
                             adds to state["examples"] and state["tokens"]
@@ -334,8 +277,6 @@ def train(config, machine, task, saved=None):
     task.checkpoint()       what last.pt holds besides the state of the run
     task.best_checkpoint()  what best.pt holds
     task.stats              other columns; task.curves names those that loss.png shows
-
-    saved is the last.pt to resume from; the model has its weights already.
     """
     rates = (config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     optimizer = configure_optimizer(task.model, *rates, task.lr_scales)
@@ -357,20 +298,17 @@ def train(config, machine, task, saved=None):
                     losses[-1] += loss.detach()
                 machine.scaler.unscale_(optimizer)
                 limit = config.grad_clip or math.inf
-                norm = nn.utils.clip_grad_norm_(task.model.parameters(), limit)
+                norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), limit)
                 machine.scaler.step(optimizer)  # does nothing where float16 has overflowed
                 machine.scaler.update()
                 optimizer.zero_grad(set_to_none=True)
             state["step"] += 1
 
-            interrupted = machine.sum(len(signals))[0] > 0  # in any process
+            interrupted = machine.sum(len(signals)) > 0  # in any process
             is_last = state["step"] == config.max_iters
             evaluates = is_last or state["step"] % config.eval_interval == 0
             if evaluates or interrupted or state["step"] % config.log_interval == 0:
-                row = summarize(config, machine, state, losses, norm, clock)
-                metrics = task.stats | (task.evaluate() if evaluates else {})
-                state["rows"].append(row | metrics)
-                print_progress(row, metrics, config)
+                report(config, machine, task, state, losses, norm, clock, evaluates)
                 if evaluates or interrupted:
                     save(config, machine, task, optimizer, state)
                 losses, clock = [], time.perf_counter()  # evaluation is not timed
@@ -379,52 +317,69 @@ def train(config, machine, task, saved=None):
                 raise SystemExit(128 + max(signals, default=signal.SIGTERM))
 
 
+def configure_optimizer(model, learning_rate, weight_decay, betas, scales=None):
+    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices only. scales, {end of a
+    parameter's name: factor}, multiplies learning rates: a group has its factor as "lr_scale"."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = next((s for end, s in (scales or {}).items() if name.endswith(end)), 1)
+            decay = weight_decay if parameter.dim() >= 2 else 0.0
+            group = {"lr": learning_rate * scale, "lr_scale": scale, "weight_decay": decay}
+            group = groups.setdefault((scale, decay), {"params": [], **group})
+            group["params"].append(parameter)
+    return torch.optim.AdamW(groups.values(), betas=betas, fused=True)
+
+
 def restore(saved, config, optimizer, scaler):
     """The state of a new run, or of the run in saved, whose optimizer it also restores."""
-    state = {"step": 0, "examples": 0, "tokens": 0, "seconds": 0.0, "rows": []}
+    state = {"step": 0, "examples": 0, "tokens": 0, "rows": []}
     state |= {"best_val_loss": math.inf, "evaluations_since": 0, "has_saved": False}
     if saved:
         with damaged(f"{config.out_dir}/last.pt"):
-            # hyperparameters come from config, moments from the file
-            settings = optimizer.state_dict()
-            optimizer.load_state_dict({**settings, "state": saved["optimizer"]["state"]})
-            if saved["scaler"] and scaler.is_enabled():
-                scaler.load_state_dict(saved["scaler"])
+            # moments come from the file, hyperparameters from config
+            moments = {"state": saved["optimizer"]["state"]}
+            optimizer.load_state_dict(optimizer.state_dict() | moments)
+            scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
             state |= saved["state"]
     if state["step"] >= config.max_iters:
         print(f"{config.out_dir} is already at step {state['step']}: see --max_iters")
     return state
 
 
-def summarize(config, machine, state, losses, norm, clock):
-    """The row of metrics.csv for the steps since the previous one; clock is when they began. Raises
+def learning_rate_at(step, config):
+    """Rises linearly to learning_rate at step warmup_iters, then falls along a cosine to min_lr at
+    step lr_decay_iters - 1, and stays there."""
+    highest, lowest = config.learning_rate, min(config.learning_rate, config.min_lr)
+    if step < config.warmup_iters:
+        return highest * (step + 1) / (config.warmup_iters + 1)
+    last = (config.lr_decay_iters or config.max_iters) - 1
+    done = min(1, (step - config.warmup_iters) / max(1, last - config.warmup_iters))
+    return lowest + (highest - lowest) * (1 + math.cos(math.pi * done)) / 2
+
+
+def report(config, machine, task, state, losses, norm, clock, evaluates):
+    """Adds a row of metrics.csv about the steps since the previous one, which began at clock, and
+    prints a line; on a terminal, the next one replaces it unless it has an evaluation. Raises
     ValueError if losses or gradients are not finite, so that no such weights are ever saved."""
-    loss = machine.sum(torch.stack(losses).mean().item())[0] / machine.world_size
-    norm = norm.item()
+    loss = machine.sum(torch.stack(losses).mean().item()) / machine.world_size
+    norm, step, rows = norm.item(), state["step"], state["rows"]
     if not math.isfinite(loss) or not (math.isfinite(norm) or machine.scaler.is_enabled()):
         what = f"the loss is {loss}, the norm of the gradient {norm}"
-        raise ValueError(f"stopped at step {state['step']}: {what}; try a lower --learning_rate")
+        raise ValueError(f"stopped at step {step}: {what}; try a lower --learning_rate")
+    last = rows[-1] if rows else {"tokens": 0, "seconds": 0}
     seconds = time.perf_counter() - clock
-    state["seconds"] += seconds
-    earlier = state["rows"][-1]["tokens"] if state["rows"] else 0
-    return {
-        "step": state["step"],
-        "tokens": state["tokens"],
-        "seconds": round(state["seconds"], 3),
-        "lr": learning_rate_at(state["step"] - 1, config),
-        "train_loss": loss,
-        "grad_norm": norm,
-        "tokens_per_s": round((state["tokens"] - earlier) / seconds),
-    }
+    row = {"step": step, "tokens": state["tokens"], "seconds": round(last["seconds"] + seconds, 3)}
+    row |= {"lr": learning_rate_at(step - 1, config), "train_loss": loss, "grad_norm": norm}
+    row |= {"tokens_per_s": round((row["tokens"] - last["tokens"]) / seconds)}
+    metrics = task.stats | (task.evaluate() if evaluates else {})
+    rows.append(row | metrics)
 
-
-def print_progress(row, metrics, config):
-    """Prints a line; on a terminal, the next one replaces it unless it has an evaluation."""
-    left = (config.max_iters - row["step"]) * row["seconds"] / row["step"]
-    line = f"step {row['step']:5}/{config.max_iters}  loss {row['train_loss']:.3f}  "
-    line += f"{row['tokens_per_s']:,} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left  "
-    is_live = sys.stdout.isatty() and "val_loss" not in metrics
-    print(line + format_metrics(metrics), end="\r" if is_live else "\n", flush=True)
+    left = (config.max_iters - step) * row["seconds"] / step
+    line = f"step {step:5}/{config.max_iters}  loss {loss:.3f}  {row['tokens_per_s']:,} tokens/s  "
+    line += f"{left // 60:.0f}:{left % 60:02.0f} left  {format_metrics(metrics)}"
+    is_live = sys.stdout.isatty() and not evaluates
+    print(line, end="\r" if is_live else "\n", flush=True)
 
 
 def format_metrics(metrics):
@@ -435,15 +390,14 @@ def save(config, machine, task, optimizer, state):
     """Writes best.pt if the validation loss is the lowest so far, then last.pt with everything
     needed for the next step. The first save of a run, not its start, moves an earlier run aside:
     a run that fails before it replaces nothing."""
-    val_loss = state["rows"][-1].get("val_loss", math.nan)  # nan: a signal, without an evaluation
-    is_best = val_loss < state["best_val_loss"]
+    row, folder = state["rows"][-1], pathlib.Path(config.out_dir)
+    is_best = row.get("val_loss", math.inf) < state["best_val_loss"]
     if is_best:
-        state |= {"best_val_loss": val_loss, "evaluations_since": 0}
-    elif val_loss >= state["best_val_loss"]:
+        state |= {"best_val_loss": row["val_loss"], "evaluations_since": 0}
+    elif "val_loss" in row:  # not after a signal
         state["evaluations_since"] += 1
     if machine.rank > 0:
         return
-    folder = pathlib.Path(config.out_dir)
     if not state["has_saved"]:
         set_aside(folder)
     state["has_saved"] = True
@@ -467,25 +421,23 @@ def set_aside(folder):
 
 def write_metrics(folder, rows, curves):
     """Writes metrics.csv and, if matplotlib is installed, loss.png."""
-    text, columns = io.StringIO(), dict.fromkeys(name for row in rows for name in row)
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_file(folder / "metrics.csv", text.getvalue().encode())
-    try:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    text = "".join(",".join(map(str, line)) + "\n" for line in table)
+    write_file(folder / "metrics.csv", text.encode())
+    with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure, picture = Figure(figsize=(8, 4), layout="constrained"), io.BytesIO()
-    panel = figure.subplots()
-    for name in curves:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        panel.plot(*zip(*points), label=name, marker="." if "val" in name else None)
-    panel.set(xlabel="step")
-    panel.grid(alpha=0.3)
-    panel.legend()
-    figure.savefig(picture, dpi=100, format="png")
-    write_file(folder / "loss.png", picture.getvalue())
+
+        figure, picture = Figure(figsize=(8, 4), layout="constrained"), io.BytesIO()
+        panel = figure.subplots()
+        for name in curves:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            panel.plot(*zip(*points), label=name, marker="." if "val" in name else None)
+        panel.set(xlabel="step")
+        panel.grid(alpha=0.3)
+        panel.legend()
+        figure.savefig(picture, dpi=100, format="png")
+        write_file(folder / "loss.png", picture.getvalue())
 
 
 @contextlib.contextmanager
@@ -495,16 +447,14 @@ def stop_signals(machine):
     caught = []
 
     def catch(number, frame):
-        if machine.world_size == 1:
-            signal.signal(number, earlier[number])
         caught.append(number)
+        if machine.world_size == 1:
+            handlers.close()  # puts the earlier ones back
 
-    earlier = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as handlers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -519,21 +469,17 @@ def load_run(config_class, flags):
         return config_class(**{**saved["run_config"], **flags, "init_from": init_from}), saved
 
 
-def load_data(folder):
-    """Opens the data folder; creates the default one if it is missing or empty."""
-    if folder == TrainConfig.data and not glob.glob(f"{folder}/*"):
-        print(f"no {folder}/ yet: preparing the default, the manual that comes with Python")
-        prepare_data.main([f"--out={folder}"])
-    return open_data(folder)
-
-
-def make_model(config, flags, meta, checkpoint, resumes):
+def make_model(config, flags, meta, saved):
     """A new model, or that of a checkpoint, with which the flags and the data must agree."""
-    if checkpoint is None:
+    names = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
+    if not saved and config.init_from == "scratch":
         torch.manual_seed(config.seed)
-        shape = {name: getattr(config, name) for name in MODEL_FLAGS}
+        shape = {name: getattr(config, name) for name in names}
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
-    path = config.out_dir if resumes else config.init_from
+    path = config.out_dir if saved else config.init_from
+    checkpoint = saved or load_checkpoint(path)
+    if saved and saved["data_digest"] != meta["digest"]:
+        raise ValueError(f"{config.data}: not the data that {path} was trained on")
     spec = prepare_data.tokenizer_of(checkpoint, path)
     if spec != meta["tokenizer"]:  # the same tokenizer can have two specs, as GPT-2's does
         build = prepare_data.build_tokenizer
@@ -543,34 +489,31 @@ def make_model(config, flags, meta, checkpoint, resumes):
     with damaged(path):
         dropouts = {"dropout": config.dropout, "attn_dropout": config.attn_dropout}
         model = GPT.from_checkpoint(checkpoint, **dropouts)
-    if "block_size" in flags and not resumes:
-        model.resize(block_size=config.block_size)
-    for name in MODEL_FLAGS:
+    if not saved:
+        model.resize(block_size=flags.get("block_size"))
+    for name in names:
         has = getattr(model.config, name)
         if flags.get(name, has) != has:
             raise ValueError(f"{path} has {name}={has}, not --{name}={flags[name]}")
+        setattr(config, name, has)  # overrides the default
     return model
 
 
 def main(argv=None):
     flags = vars(flag_parser(TrainConfig, __doc__).parse_args(argv))
-    config, checkpoint, saved = TrainConfig(**flags), None, None
+    config, saved = TrainConfig(**flags), None
     if config.init_from == "resume":
         config, saved = load_run(TrainConfig, {"out_dir": config.out_dir, **flags})
-    elif config.init_from != "scratch":
-        checkpoint = load_checkpoint(config.init_from)
     check_counts(config)
     machine = Machine(config)
-    if machine.rank == 0:
-        load_data(config.data)  # which may prepare it, while the others wait
+    folder = pathlib.Path(config.data)
+    is_missing = config.data == TrainConfig.data and not any(folder.glob("[!.]*"))
+    if is_missing and machine.rank == 0:
+        print(f"no {folder}/ yet: preparing the default, the manual that comes with Python")
+        prepare_data.main([f"--out={folder}"])
     machine.sum(0)  # waits for rank 0
-    meta = load_data(config.data)
-    if saved and saved["data_digest"] != meta["digest"]:
-        raise ValueError(f"{config.data}: not the data that {config.out_dir} was trained on")
-    model = make_model(config, flags, meta, saved or checkpoint, resumes=bool(saved))
-    model.to(machine.device).train()
-    # the shape of a loaded model overrides the defaults
-    config = replace(config, **{name: getattr(model.config, name) for name in MODEL_FLAGS})
+    meta = open_data(config.data)
+    model = make_model(config, flags, meta, saved).to(machine.device).train()
     task = Pretraining(config, machine, model, meta)
     if config.eval_only:
         print(format_metrics(task.evaluate()))
