@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 import prepare_data
 from gpt import GPT, GPTConfig, load_checkpoint, pick_device, pick_dtype, save_checkpoint
@@ -129,7 +130,7 @@ class Machine:
 
 def use_few_threads(model):
     """One thread for under two million parameters, unless OMP_NUM_THREADS is set: two are up to 1.5
-    times as fast on an idle machine, but three times slower than one beside other work."""
+    times as fast on an idle machine, but a third as fast as one beside other work."""
     if sum(p.numel() for p in model.parameters()) < 2e6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
@@ -138,18 +139,16 @@ def use_few_threads(model):
 
 
 class Windows:
-    """An endless, reproducible sequence of windows of block_size + 1 consecutive tokens.
-
-    Each epoch cuts the shards at a random offset (the phase) and shuffles the windows. No window
-    crosses a shard, which leaves out fewer than 2 * block_size tokens of each. The n-th window
-    depends on seed and n alone, so a run can resume at any step and several processes can share it.
-    """
+    """An endless, reproducible sequence of windows of block_size + 1 consecutive tokens. Each epoch
+    cuts the shards at a random offset (the phase) and shuffles the windows. No window crosses a
+    shard, which leaves out fewer than 2 * block_size tokens of each. The n-th window depends on
+    seed and n alone, so a run can resume at any step and several processes can share it."""
 
     def __init__(self, arrays, block_size, vocab_size, seed=0):
         self.arrays, self.block_size, self.vocab_size = arrays, block_size, vocab_size
         self.seed, self.epoch = seed, None
-        self.last = np.array([len(array) - block_size - 1 for array in arrays])  # starts
-        fitting = self.last // block_size + 1
+        self.last_start = np.array([len(array) - block_size - 1 for array in arrays])
+        fitting = self.last_start // block_size + 1
         # leaves one window of room for the phase, unless only one fits
         self.first = np.cumsum([0, *(fitting - (fitting > 1))])
         self.per_epoch = int(self.first[-1])
@@ -168,10 +167,10 @@ class Windows:
         return self.read(*np.array(places).T)
 
     def read(self, windows, phases=0):
-        """Numbers and phases of windows -> idx and the tokens after them, (B, T) each, int64."""
+        """Windows by number, and their phases -> idx, targets (the next tokens), (B, T), int64."""
         shards = np.searchsorted(self.first, windows, side="right") - 1
         starts = (windows - self.first[shards]) * self.block_size + phases
-        starts = np.minimum(starts, self.last[shards])  # a lone window cannot shift
+        starts = np.minimum(starts, self.last_start[shards])  # a lone window cannot shift
         rows = [self.arrays[shard][i : i + self.block_size + 1] for shard, i in zip(shards, starts)]
         batch = torch.from_numpy(np.stack(rows).astype(np.int64))
         if batch.max() >= self.vocab_size:
@@ -206,11 +205,10 @@ class Pretraining:
             self.forward = torch.nn.parallel.DistributedDataParallel(self.forward)
 
     def updates(self, state):
-        """One update per step. State advances once all losses have been drawn."""
-        yield self.losses(state)
+        yield self.losses(state)  # one update per step
 
     def losses(self, state):
-        """Yields the loss of each micro-batch; their sum is the mean over all targets."""
+        """Yields each micro-batch's share of the mean loss, then advances the state."""
         config, machine = self.config, self.machine
         micro_batches = config.gradient_accumulation_steps
         for i in range(micro_batches):
@@ -297,8 +295,7 @@ def train(config, machine, task, saved=None):
                     machine.scaler.scale(loss).backward()
                     losses[-1] += loss.detach()
                 machine.scaler.unscale_(optimizer)
-                limit = config.grad_clip or math.inf
-                norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), limit)
+                norm = clip_grad_norm_(task.model.parameters(), config.grad_clip or math.inf)
                 machine.scaler.step(optimizer)  # does nothing where float16 has overflowed
                 machine.scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -388,8 +385,8 @@ def format_metrics(metrics):
 
 def save(config, machine, task, optimizer, state):
     """Writes best.pt if the validation loss is the lowest so far, then last.pt with everything
-    needed for the next step. The first save of a run, not its start, moves an earlier run aside:
-    a run that fails before it replaces nothing."""
+    needed for the next step. The first save of a run, not its start, moves an earlier run to
+    previous/, where it replaces an even earlier one: a run that fails before replaces nothing."""
     row, folder = state["rows"][-1], pathlib.Path(config.out_dir)
     is_best = row.get("val_loss", math.inf) < state["best_val_loss"]
     if is_best:
@@ -398,8 +395,12 @@ def save(config, machine, task, optimizer, state):
         state["evaluations_since"] += 1
     if machine.rank > 0:
         return
-    if not state["has_saved"]:
-        set_aside(folder)
+    files = [folder / name for name in ("metrics.csv", "loss.png", "best.pt", "last.pt")]
+    if not state["has_saved"] and any(file.exists() for file in files):
+        (folder / "previous").mkdir(exist_ok=True)
+        for file in filter(pathlib.Path.exists, files):
+            file.replace(folder / "previous" / file.name)
+        print(f"the earlier run in {folder} is now in {folder / 'previous'}")
     state["has_saved"] = True
     if is_best:
         save_checkpoint(folder / "best.pt", {**task.best_checkpoint(), "step": state["step"]})
@@ -407,16 +408,6 @@ def save(config, machine, task, optimizer, state):
     run |= {"state": state, "run_config": asdict(config)}
     save_checkpoint(folder / "last.pt", {**task.checkpoint(), **run})
     write_metrics(folder, state["rows"], task.curves)
-
-
-def set_aside(folder):
-    """Moves the files of an earlier run to folder/previous, where they replace those there."""
-    if (folder / "best.pt").exists() or (folder / "last.pt").exists():
-        (folder / "previous").mkdir(exist_ok=True)
-        for name in ("metrics.csv", "loss.png", "best.pt", "last.pt"):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(folder / name, folder / "previous" / name)
-        print(f"the earlier run in {folder} is now in {folder / 'previous'}")
 
 
 def write_metrics(folder, rows, curves):
@@ -506,11 +497,10 @@ def main(argv=None):
         config, saved = load_run(TrainConfig, {"out_dir": config.out_dir, **flags})
     check_counts(config)
     machine = Machine(config)
-    folder = pathlib.Path(config.data)
-    is_missing = config.data == TrainConfig.data and not any(folder.glob("[!.]*"))
-    if is_missing and machine.rank == 0:
-        print(f"no {folder}/ yet: preparing the default, the manual that comes with Python")
-        prepare_data.main([f"--out={folder}"])
+    is_empty = config.data == TrainConfig.data and not any(pathlib.Path(config.data).glob("[!.]*"))
+    if is_empty and machine.rank == 0:
+        print(f"no {config.data}/ yet: preparing the default, the manual that comes with Python")
+        prepare_data.main([f"--out={config.data}"])
     machine.sum(0)  # waits for rank 0
     meta = open_data(config.data)
     model = make_model(config, flags, meta, saved).to(machine.device).train()
