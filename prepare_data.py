@@ -18,7 +18,7 @@ import contextlib
 import functools
 import hashlib
 import heapq
-import html.parser
+import html
 import inspect
 import itertools
 import json
@@ -71,8 +71,9 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
     if not inputs:
         yield from python_manual()
     for path in find_files(inputs, skip):
+        kind = path.suffix.lower()
         try:
-            if path.suffix.lower() in (".json", ".jsonl"):
+            if kind in (".json", ".jsonl"):
                 for where, item in read_json(path, skip):
                     if isinstance(item, dict) and isinstance(item.get(text_field), str):
                         yield where, item[text_field]
@@ -82,9 +83,9 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
             for offset, data in split_file(path, separator.encode()):
                 try:
                     text = data.decode()
-                    is_html = path.suffix.lower() in (".html", ".htm") or PAGE.match(text)
-                    yield str(path), html_to_text(text) if is_html else text
-                except (UnicodeDecodeError, AssertionError) as error:  # the latter of html.parser
+                    is_page = kind in (".html", ".htm") or PAGE.match(text)
+                    yield str(path), html_to_text(text) if is_page else text
+                except UnicodeDecodeError as error:
                     where = f"{path}, document at byte {offset}"
                     skip(f"{where}: {error}; if it is not UTF-8: iconv -f latin1 -t utf-8")
         except OSError as error:
@@ -97,14 +98,14 @@ def find_files(inputs, skip=refuse):
     for name in map(str, inputs):
         is_url = name.startswith(("http://", "https://"))
         path = download(name) if is_url else pathlib.Path(name)
-        if path.is_file():
+        if path.is_dir():
+            for folder, inside, names in os.walk(path, onerror=skip):
+                inside[:] = sorted(name for name in inside if name[0] != ".")
+                files += [pathlib.Path(folder, name) for name in sorted(names) if name[0] != "."]
+        elif path.is_file():
             files.append(path)
-            continue
-        if not path.is_dir():
+        else:
             raise ValueError(f"{path}: no such file or folder (a pipe cannot be read twice)")
-        for folder, inside, names in os.walk(path, onerror=lambda error: skip(str(error))):
-            inside[:] = sorted(name for name in inside if name[0] != ".")
-            files += [pathlib.Path(folder, name) for name in sorted(names) if name[0] != "."]
     return files
 
 
@@ -126,24 +127,24 @@ def download(url):
 
 
 def read_json(path, skip=refuse):
-    """Yields (where, item) for each line of JSON Lines, or each item of a .json file's list."""
+    """Yields (where, item): each line of JSON Lines, or each item of the list in a .json file."""
     with open(path, "rb") as file:
+        parts = ((f"{path}, line {n}", line) for n, line in enumerate(file, 1) if line.strip())
         if path.suffix.lower() == ".json":
+            whole = path.read_bytes()
+            # objects on lines of their own, without commas: JSON Lines, despite the name
+            if not re.search(rb"}[ \t\r]*\n\s*{", whole):
+                parts = [(path, whole)]
+        for where, data in parts:
             try:
-                items = json.loads(file.read())
-                items = items if isinstance(items, list) else [items]
-                yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
-                return
+                item = json.loads(data)
             except (ValueError, RecursionError) as error:
-                if "Extra data" not in str(error):  # else it is JSON Lines, despite its name
-                    return skip(f"{path}: broken JSON: {error}")
-            file.seek(0)
-        for number, line in enumerate(file, 1):
-            try:
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                skip(f"{path}, line {number}: broken JSON: {error}")
+                skip(f"{where}: broken JSON: {error}")
+            else:
+                if isinstance(item, list):
+                    yield from ((f"{where}, item {n}", row) for n, row in enumerate(item, 1))
+                else:
+                    yield where, item
 
 
 def split_file(path, separator, block_size=1 << 20):
@@ -160,48 +161,37 @@ def split_file(path, separator, block_size=1 << 20):
 
 
 PAGE = re.compile(r"\s*(<!doctype html|<html)", re.IGNORECASE)
-HIDDEN = ("script", "style", "title", "template", "noscript", "svg", "iframe")
-PARAGRAPH = re.compile(
-    r"h[1-6r]|[dou]l|p|pre|div|table|t(head|body|foot)|form|fieldset|main|nav|aside|"
-    r"address|blockquote|figure|figcaption|section|article|header|footer|details"
+# Whatever is not closed reaches to the end, so that any page is read in linear time.
+UNSEEN = re.compile(
+    r"<!--.*?(-->|\Z)|"
+    r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^>]*/>).*?(</\2\s*>|\Z)",
+    re.IGNORECASE | re.DOTALL,
 )
-LINE = re.compile(r"br|dd|dt|li|option|td|th|tr")
-
-
-class VisibleText(html.parser.HTMLParser):
-    """Collects the visible text of a page: a blank line between blocks, <pre> as it is."""
-
-    def __init__(self):
-        super().__init__()
-        self.parts, self.inside = ["\n"], collections.Counter()  # inside: elements that are open
-
-    def handle_starttag(self, tag, attributes):
-        self.inside[tag] += 1
-        if PARAGRAPH.fullmatch(tag) or LINE.fullmatch(tag):
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag):
-        self.inside[tag] = max(0, self.inside[tag] - 1)
-        if PARAGRAPH.fullmatch(tag):
-            self.parts.append("\n")
-
-    def handle_data(self, data):
-        if not self.inside["pre"]:
-            data = re.sub(r"\s+", " ", data)
-            data = data.lstrip() if self.parts[-1][-1] in " \n" else data
-        if data and not any(self.inside[tag] for tag in HIDDEN):
-            self.parts.append(data)
+PRE = re.compile(r"(<pre(?=[\s>]).*?(?:</pre\s*>|\Z))", re.IGNORECASE | re.DOTALL)
+TAG = re.compile(  # group 1: the tags that begin a line
+    r"<(?:(/?(?:h[1-6r]|[dou]l|p|pre|div|table|t(?:head|body|foot)|form|fieldset|main|nav|aside|"
+    r"address|blockquote|figure|figcaption|section|article|header|footer|details)|"
+    r"br|dd|dt|li|option|td|th|tr)(?=[\s/>])|[a-z/!?])"
+    r"""(?:[^>=]+|=\s*"[^"]*"?|=\s*'[^']*'?|=)*(?:>|\Z)""",  # a quoted value may hold a >
+    re.IGNORECASE,
+)
 
 
 def html_to_text(page):
+    """The visible text of a page: a line for each block, and <pre> as it is.
+
+    >>> clean(html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>"))
+    'Tom & Ann\\n\\nThey met.'
     """
-    >>> html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>").split("\\n")
-    ['', '', 'Tom & Ann', '', 'They met.', '']
-    """
-    parser = VisibleText()
-    parser.feed(page)
-    parser.close()
-    return "".join(parser.parts)
+    without_tags = lambda part: html.unescape(TAG.sub(lambda tag: "\n" if tag[1] else "", part))
+    texts = []
+    for part in PRE.split(UNSEEN.sub("", page)):
+        if PRE.match(part):
+            texts.append(without_tags(part))
+        else:
+            lines = without_tags(part.replace("\n", " ")).split("\n")
+            texts.append("\n".join(" ".join(line.split()) for line in lines))
+    return "".join(texts)
 
 
 def clean(text):
@@ -275,16 +265,15 @@ def split_documents(files, config, skip, dropped):
             dropped["duplicate" if place in seen else "short"] += 1
             continue
         seen.add(place)
-        if not files:
-            yield "val" if position(source) < 2 * HELD_OUT else "train", text
-        elif len(text) <= large:
-            yield "val" if place < HELD_OUT else "train", text
-        else:
+        if files and len(text) > large:
             border = round(len(text) * (1 - HELD_OUT))
             # after the last space or newline before it, if there is any
             border = max(text.rfind(" ", 0, border), text.rfind("\n", 0, border)) + 1 or border
             yield "train", text[:border]
             yield "val", text[border:]
+        else:
+            is_val = place < HELD_OUT if files else position(source) < 2 * HELD_OUT
+            yield "val" if is_val else "train", text
 
 
 # --- byte-pair encoding ---------------------------------------------------------------------------
@@ -308,8 +297,9 @@ def cut(text, length=1 << 16):
 
 
 def count_pieces(texts):
-    """Cuts texts by SPLIT and counts the distinct pieces. Words, with the punctuation before them,
-    are counted first: they are few, and no piece spans the end of one."""
+    """Cuts texts by SPLIT -> [piece], [how often it occurs]. A piece is a string with one character
+    for each of its bytes."""
+    # First words with the punctuation before them: they are few, and no piece spans a word's end.
     words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
         words.update(re.findall(r"[\W_]*[^\W_]+|[\W_]+", part))
@@ -317,7 +307,7 @@ def count_pieces(texts):
     for word, n in words.items():
         for piece in split(word):
             pieces[piece] += n
-    return pieces
+    return [piece.encode().decode("latin-1") for piece in pieces], list(pieces.values())
 
 
 def train_bpe(texts, vocab_size):
@@ -325,17 +315,18 @@ def train_bpe(texts, vocab_size):
 
     Starts with the 256 bytes and merges the most frequent adjacent pair (in a tie, the one with the
     smaller ids) again and again, until there are vocab_size tokens or no pair occurs twice.
-    Returns {token bytes: rank}.
+    Returns {token bytes: rank}. Token 300 is chr(300) in a piece, so merging is str.replace.
 
     >>> list(train_bpe(["low lower lowest"], 259))[256:]
     [b'lo', b'low', b' low']
     """
-    pieces = count_pieces(texts)
-    counts = list(pieces.values())
-    # From here on a piece is a string with one character for each token: byte 65 and token 65 are
-    # chr(65). So a pair is a string of two, and merging it is str.replace.
-    pieces = [piece.encode().decode("latin-1") for piece in pieces]
-    pair_counts, pieces_with = count_pairs(pieces, counts)
+    pieces, counts = count_pieces(texts)
+    # A piece stays in pieces_with[pair] after it loses the pair, which is harmless.
+    pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
+    for i, piece in enumerate(pieces):
+        for pair in map(str.__add__, piece, piece[1:]):
+            pair_counts[pair] += counts[i]
+            pieces_with[pair].add(i)
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # a valid heap
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and len(tokens) < vocab_size:
@@ -348,29 +339,17 @@ def train_bpe(texts, vocab_size):
             break
         new = chr(len(tokens))
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        new_counts = collections.Counter()
+        gained_pairs = set()
         for i in pieces_with.pop(pair):
             pieces[i] = pieces[i].replace(pair, new)
             for lost, gained in changed_pairs(pieces[i], pair, new):
                 pair_counts[lost] -= counts[i]
-                new_counts[gained] += counts[i]
+                pair_counts[gained] += counts[i]
                 pieces_with[gained].add(i)
-        del pair_counts[pair]
-        pair_counts.update(new_counts)
-        for gained, count in new_counts.items():
-            heapq.heappush(heap, (-count, gained))
+                gained_pairs.add(gained)
+        for gained in gained_pairs:
+            heapq.heappush(heap, (-pair_counts[gained], gained))
     return {token: rank for rank, token in enumerate(tokens)}
-
-
-def count_pairs(pieces, counts):
-    """How often each pair of neighbors occurs, and the indices of the pieces that contain it. (A
-    piece stays listed after it loses the pair, which is harmless.)"""
-    pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
-    for i, piece in enumerate(pieces):
-        for pair in map(str.__add__, piece, piece[1:]):
-            pair_counts[pair] += counts[i]
-            pieces_with[pair].add(i)
-    return pair_counts, pieces_with
 
 
 def changed_pairs(piece, pair, new):
@@ -424,9 +403,8 @@ def build_tokenizer(spec):
             special = {token: len(ranks) + i for i, token in enumerate(spec["special_tokens"])}
             if not all(bytes([byte]) in ranks for byte in range(256)) or END_OF_TEXT not in special:
                 raise ValueError(f"a byte or {END_OF_TEXT} is missing")
-            return tiktoken.Encoding(
-                name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
-            )
+            how = {"pat_str": SPLIT, "mergeable_ranks": ranks, "special_tokens": special}
+            return tiktoken.Encoding(name, **how)
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise ValueError(f"unknown tokenizer {name!r}: bpe, {', '.join(names)}, or a folder")
@@ -445,12 +423,9 @@ def token_bytes(tokenizer, token):
 
 
 def token_label(tokenizer, token):
-    """A token as a person can read it: escaped; as bytes if it is only part of a character."""
-    data = token_bytes(tokenizer, token)
-    try:
-        return repr(data.decode())[1:-1]
-    except UnicodeDecodeError:
-        return repr(data)[2:-1]
+    """A token as a person can read it: escaped, as are bytes that are only part of a character."""
+    text = token_bytes(tokenizer, token).decode(errors="surrogateescape")
+    return repr(text)[1:-1].replace("\\udc", "\\x")  # byte e6 is the surrogate dce6 in text
 
 
 # --- chat templates -------------------------------------------------------------------------------
@@ -479,14 +454,14 @@ def chat_parts(messages, tokenizer, template):
         role, content = message["role"], clean(message["content"])
         is_answer = role == "assistant"
         if template == "roles":
-            header = [tokenizer.encode_single_token(f"<|{role}|>")]
+            header = f"<|{role}|>"
         else:
             header = ALPACA[role]
             if role == "user" and not parts:  # the conversation starts here
                 more = ALPACA_INPUT if "### Input:\n" in content else ""
                 header = ALPACA_PREAMBLE.format(more) + header
-            header = tokenizer.encode_ordinary(header)
             content += "" if is_answer else "\n\n"
+        header = tokenizer.encode(header, allowed_special="all")
         tokens = tokenizer.encode_ordinary(content)
         parts += [(header, False), (tokens + [tokenizer.eot_token] * is_answer, is_answer)]
     return parts
@@ -520,12 +495,12 @@ def save_tokenizer(spec, folder):
         parts = ["".join(characters[b] for b in part) for part in bpe_encode(token, earlier)]
         vocab["".join(parts)] = earlier[token] = rank
         merges += [parts] if len(token) > 1 else []
-    flags = ("normalized", "single_word", "lstrip", "rstrip")
-    how = {"special": True, **dict.fromkeys(flags, False)}
+    how = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    added = [{"id": i, "content": name, "special": True, **how} for name, i in special.items()]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     whole = {
         "version": "1.0",
-        "added_tokens": [{"id": rank, "content": name, **how} for name, rank in special.items()],
+        "added_tokens": added,
         "pre_tokenizer": byte_level | {"use_regex": True},
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
@@ -576,30 +551,31 @@ def write_shards(documents, tokenizer, folder):
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
+    end = np.array([tokenizer.eot_token])
 
     def flush(split):
-        shard, stats = np.concatenate(waiting[split]), splits[split]
-        stats["shards"].append(f"{split}_{len(stats['shards']):05d}.npy")
-        with open(folder / f"{stats['shards'][-1]}.tmp", "wb") as file:
+        shard, names = np.concatenate(waiting[split]), splits[split]["shards"]
+        names.append(f"{split}_{len(names):05d}.npy")
+        with open(folder / f"{names[-1]}.tmp", "wb") as file:
             np.save(file, shard)
         digest.update(shard)
         waiting[split] = []
 
     def encode(item):
         _, text = item
-        if text is None:  # the end of a document
-            return np.array([tokenizer.eot_token], dtype)
-        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(dtype)
+        tokens = tokenizer.encode_to_numpy(text, disallowed_special=()) if text else end
+        return tokens.astype(dtype)
 
-    parts = ((split, part) for split, text in documents for part in (*cut(text), None))
+    parts = ((split, part) for split, text in documents for part in (*cut(text), ""))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(parts, 512)):
             for (split, text), tokens in zip(batch, pool.map(encode, batch)):
+                stats = splits[split]
                 waiting[split].append(tokens)
-                splits[split]["tokens"] += len(tokens)
-                splits[split]["bytes"] += len((text or "").encode())
-                splits[split]["documents"] += text is None
-                if splits[split]["tokens"] >= SHARD_TOKENS * (len(splits[split]["shards"]) + 1):
+                stats["tokens"] += len(tokens)
+                stats["bytes"] += len(text.encode())
+                stats["documents"] += not text  # "" ends each
+                if stats["tokens"] >= SHARD_TOKENS * (len(stats["shards"]) + 1):
                     flush(split)
     for split in filter(waiting.get, splits):
         flush(split)
@@ -618,12 +594,10 @@ def old_shards(folder):
     return [folder / name for name in names if SHARD_NAME.fullmatch(name)]
 
 
-def install(meta, folder):
-    """Replaces the earlier shards with the finished ones. After a crash the folder is either whole
-    or refused by open_data. No other file in the folder is touched."""
-    old = old_shards(folder)
-    (folder / "meta.json").unlink(missing_ok=True)
-    for path in old:
+def install(meta, folder, old):
+    """Replaces the old shards with the finished ones. After a crash the folder is either whole or
+    refused by open_data. No other file in the folder is touched."""
+    for path in (folder / "meta.json", *old):
         path.unlink(missing_ok=True)
     for split in meta["splits"].values():
         for name in split["shards"]:
@@ -647,9 +621,10 @@ def open_data(folder):
         for split in (meta["splits"]["train"], meta["splits"]["val"]):
             if not all(map(SHARD_NAME.fullmatch, split["shards"])):
                 raise ValueError("invalid shard names")
-            split["arrays"] = [np.load(path.parent / n, mmap_mode="r") for n in split["shards"]]
-            kinds = {(array.dtype.name, array.ndim) for array in split["arrays"]}
-            tokens = sum(map(len, split["arrays"]))
+            arrays = split["arrays"] = [
+                np.load(path.parent / n, mmap_mode="r") for n in split["shards"]
+            ]
+            kinds, tokens = {(a.dtype.name, a.ndim) for a in arrays}, sum(map(len, arrays))
             if kinds != {(meta["dtype"], 1)} or tokens != split["tokens"] or split["bytes"] < 1:
                 raise ValueError("the shards are not what meta.json says")
     return meta
@@ -685,20 +660,18 @@ def with_progress(documents, label):
 def prepare(inputs, config):
     """Writes the data folder and prints a summary."""
     folder, skipped, dropped = pathlib.Path(config.out), [], collections.Counter()
-    old_shards(folder)  # a folder that is not ours is reported before the long work
-    spec = None
-    if config.tokenizer != "bpe":
-        spec = {"name": config.tokenizer}
-        if os.path.isdir(config.tokenizer):
-            spec = read_tokenizer(config.tokenizer) or open_data(config.tokenizer)["tokenizer"]
-        build_tokenizer(spec)  # a wrong name is reported before the long work
+    old = old_shards(folder)  # a folder that is not ours is reported before the long work
     files = find_files(inputs, skipped.append)
     if inputs and not files:
         raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files found")
-    if spec is None:  # a first pass, which leaves the report to the second
+    if config.tokenizer == "bpe":  # a first pass, which leaves the report to the second
         documents = split_documents(files, config, lambda reason: None, collections.Counter())
         size = sum(path.stat().st_size for path in files)
         spec = train_tokenizer(with_progress(documents, "reading"), size, config)
+    elif os.path.isdir(config.tokenizer):
+        spec = read_tokenizer(config.tokenizer) or open_data(config.tokenizer)["tokenizer"]
+    else:
+        spec = {"name": config.tokenizer}
     tokenizer = build_tokenizer(spec)
     documents = split_documents(files, config, skipped.append, dropped)
     sources = inputs or [f"the manual of Python {sys.version.split()[0]}"]
@@ -706,7 +679,7 @@ def prepare(inputs, config):
         meta = write_shards(with_progress(documents, "encoding"), tokenizer, folder)
         if not all(split["bytes"] for split in meta["splits"].values()):
             raise ValueError(skipped[0] if skipped else "too little text to hold out a tenth of it")
-        install({**meta, "tokenizer": spec, "sources": sources}, folder)
+        install({**meta, "tokenizer": spec, "sources": sources}, folder, old)
     finally:
         for path in folder.glob("*.npy.tmp"):
             path.unlink()
