@@ -160,20 +160,18 @@ def split_file(path, separator, block_size=1 << 20):
     yield offset, buffer
 
 
-PAGE = re.compile(r"\s*(<!doctype html|<html)", re.IGNORECASE)
+PAGE = re.compile(r"(?i)\s*(<!doctype html|<html)")
 # Whatever is not closed reaches to the end, so that any page is read in linear time.
 UNSEEN = re.compile(
-    r"<!--.*?(-->|\Z)|"
-    r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^>]*/>).*?(</\2\s*>|\Z)",
-    re.IGNORECASE | re.DOTALL,
+    r"(?is)<!--.*?(-->|\Z)|"
+    r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^>]*/>).*?(</\2\s*>|\Z)"
 )
-PRE = re.compile(r"(<pre(?=[\s>]).*?(?:</pre\s*>|\Z))", re.IGNORECASE | re.DOTALL)
+PRE = re.compile(r"(?is)(<pre(?=[\s>]).*?(?:</pre\s*>|\Z))")
 TAG = re.compile(  # group 1: the tags that begin a line
-    r"<(?:(/?(?:h[1-6r]|[dou]l|p|pre|div|table|t(?:head|body|foot)|form|fieldset|main|nav|aside|"
-    r"address|blockquote|figure|figcaption|section|article|header|footer|details)|"
+    r"(?i)<(?:(/?(?:h[1-6r]|[dou]l|p|pre|div|table|t(?:head|body|foot)|form|fieldset|main|nav|"
+    r"aside|address|blockquote|figure|figcaption|section|article|header|footer|details)|"
     r"br|dd|dt|li|option|td|th|tr)(?=[\s/>])|[a-z/!?])"
-    r"""(?:[^>=]+|=\s*"[^"]*"?|=\s*'[^']*'?|=)*(?:>|\Z)""",  # a quoted value may hold a >
-    re.IGNORECASE,
+    r"""(?:[^>=]+|=\s*"[^"]*"?|=\s*'[^']*'?|=)*(?:>|\Z)"""  # a quoted value may hold a >
 )
 
 
@@ -297,8 +295,8 @@ def cut(text, length=1 << 16):
 
 
 def count_pieces(texts):
-    """Cuts texts by SPLIT -> [piece], [how often it occurs]. A piece is a string with one character
-    for each of its bytes."""
+    """Cuts texts by SPLIT -> the distinct pieces, how often each occurs. A piece is a string with a
+    character for each token: at first, for each byte. So a merge is str.replace."""
     # First words with the punctuation before them: they are few, and no piece spans a word's end.
     words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
@@ -315,59 +313,41 @@ def train_bpe(texts, vocab_size):
 
     Starts with the 256 bytes and merges the most frequent adjacent pair (in a tie, the one with the
     smaller ids) again and again, until there are vocab_size tokens or no pair occurs twice.
-    Returns {token bytes: rank}. Token 300 is chr(300) in a piece, so merging is str.replace.
+    Returns {token bytes: rank}.
 
     >>> list(train_bpe(["low lower lowest"], 259))[256:]
     [b'lo', b'low', b' low']
     """
     pieces, counts = count_pieces(texts)
-    # A piece stays in pieces_with[pair] after it loses the pair, which is harmless.
-    pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
-    for i, piece in enumerate(pieces):
+    pair_counts, pieces_with = collections.defaultdict(int), collections.defaultdict(set)
+    for i, (piece, count) in enumerate(zip(pieces, counts)):
         for pair in map(str.__add__, piece, piece[1:]):
-            pair_counts[pair] += counts[i]
+            pair_counts[pair] += count
             pieces_with[pair].add(i)
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # a valid heap
     tokens = [bytes([byte]) for byte in range(256)]
-    while heap and len(tokens) < vocab_size:
+    while heap and heap[0][0] < -1 and len(tokens) < vocab_size:
         queued, pair = heapq.heappop(heap)
-        count = pair_counts[pair]
-        if count < -queued:  # other merges have used some up since: queue it again
-            heapq.heappush(heap, (-count, pair))
+        if pair_counts[pair] < -queued:  # other merges have used some up since: queue it again
+            heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
-        if count < 2:
-            break
-        new = chr(len(tokens))
-        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        gained_pairs = set()
-        for i in pieces_with.pop(pair):
-            pieces[i] = pieces[i].replace(pair, new)
-            for lost, gained in changed_pairs(pieces[i], pair, new):
-                pair_counts[lost] -= counts[i]
-                pair_counts[gained] += counts[i]
-                pieces_with[gained].add(i)
-                gained_pairs.add(gained)
-        for gained in gained_pairs:
-            heapq.heappush(heap, (-pair_counts[gained], gained))
+        (left, right), new = pair, chr(len(tokens))
+        tokens.append(tokens[ord(left)] + tokens[ord(right)])
+        new_pairs = collections.defaultdict(set)  # and the pieces that contain them
+        for i in [i for i in pieces_with.pop(pair) if pair in pieces[i]]:  # it may be used up there
+            parts, count = pieces[i].split(pair), counts[i]
+            pieces[i] = new.join(parts)
+            changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]
+            changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]
+            changes += [(right + left, new + new) for part in parts[1:-1] if not part]
+            for lost, gained in changes:
+                pair_counts[lost] -= count
+                pair_counts[gained] += count
+                new_pairs[gained].add(i)
+        pieces_with |= new_pairs
+        for pair in new_pairs:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
     return {token: rank for rank, token in enumerate(tokens)}
-
-
-def changed_pairs(piece, pair, new):
-    """Yields (pair before, pair now) for the neighbors of new, which has replaced pair in piece.
-
-    >>> list(changed_pairs("xNNy", "ab", "N"))
-    [('xa', 'xN'), ('ba', 'NN'), ('by', 'Ny')]
-    """
-    left, right = pair
-    at = piece.find(new)
-    while at >= 0:
-        if at:
-            before = piece[at - 1]
-            yield (right if before == new else before) + left, before + new
-        at += 1
-        if at < len(piece) and piece[at] != new:
-            yield right + piece[at], new + piece[at]
-        at = piece.find(new, at)
 
 
 def bpe_encode(data, ranks):
@@ -380,12 +360,12 @@ def bpe_encode(data, ranks):
     """
     tokens = [bytes([byte]) for byte in data]
     while True:
-        joined = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(tokens)]
-        earliest = min(joined, default=math.inf)
-        if earliest == math.inf:
+        pairs = [a + b for a, b in itertools.pairwise(tokens)]
+        earliest = min(pairs, key=lambda pair: ranks.get(pair, math.inf), default=None)
+        if earliest not in ranks:
             return tokens
-        i = joined.index(earliest)
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+        i = pairs.index(earliest)
+        tokens[i : i + 2] = [earliest]
 
 
 def bpe_spec(ranks):
@@ -551,7 +531,6 @@ def write_shards(documents, tokenizer, folder):
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
-    end = np.array([tokenizer.eot_token])
 
     def flush(split):
         shard, names = np.concatenate(waiting[split]), splits[split]["shards"]
@@ -561,20 +540,17 @@ def write_shards(documents, tokenizer, folder):
         digest.update(shard)
         waiting[split] = []
 
-    def encode(item):
-        _, text = item
-        tokens = tokenizer.encode_to_numpy(text, disallowed_special=()) if text else end
-        return tokens.astype(dtype)
-
+    encode = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
     parts = ((split, part) for split, text in documents for part in (*cut(text), ""))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(parts, 512)):
-            for (split, text), tokens in zip(batch, pool.map(encode, batch)):
+            for (split, text), tokens in zip(batch, pool.map(encode, [text for _, text in batch])):
+                tokens = tokens if text else [tokenizer.eot_token]  # "" ends a document
                 stats = splits[split]
-                waiting[split].append(tokens)
                 stats["tokens"] += len(tokens)
                 stats["bytes"] += len(text.encode())
-                stats["documents"] += not text  # "" ends each
+                stats["documents"] += not text
+                waiting[split].append(np.array(tokens, dtype))
                 if stats["tokens"] >= SHARD_TOKENS * (len(stats["shards"]) + 1):
                     flush(split)
     for split in filter(waiting.get, splits):
@@ -619,11 +595,10 @@ def open_data(folder):
         if meta["format"] != 2:
             raise ValueError(f"format {meta['format']}, from another version")
         for split in (meta["splits"]["train"], meta["splits"]["val"]):
-            if not all(map(SHARD_NAME.fullmatch, split["shards"])):
+            names = split["shards"]
+            if not all(map(SHARD_NAME.fullmatch, names)):
                 raise ValueError("invalid shard names")
-            arrays = split["arrays"] = [
-                np.load(path.parent / n, mmap_mode="r") for n in split["shards"]
-            ]
+            arrays = split["arrays"] = [np.load(path.parent / n, mmap_mode="r") for n in names]
             kinds, tokens = {(a.dtype.name, a.ndim) for a in arrays}, sum(map(len, arrays))
             if kinds != {(meta["dtype"], 1)} or tokens != split["tokens"] or split["bytes"] < 1:
                 raise ValueError("the shards are not what meta.json says")
@@ -698,8 +673,7 @@ def main(argv=None):
     parser = flag_parser(PrepareConfig, __doc__)
     parser.add_argument("inputs", nargs="*", help="files, folders, URLs (default: Python's manual)")
     flags = vars(parser.parse_intermixed_args(argv))
-    inputs = flags.pop("inputs")
-    config = PrepareConfig(**flags)
+    inputs, config = flags.pop("inputs"), PrepareConfig(**flags)
     with lock(config.out):
         prepare(inputs, config)
 
@@ -776,12 +750,11 @@ def lock(folder):
 
 def write_file(path, data):
     """Writes bytes to a temporary file, then renames it, so that path is never half written."""
-    temporary = pathlib.Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
+    with open(f"{path}.tmp", "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    os.replace(file.name, path)
 
 
 @contextlib.contextmanager
