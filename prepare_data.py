@@ -65,8 +65,8 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
     """Yields (source, text) for every document in files, folders and URLs, or in Python's manual.
 
     A text file is one document, or several with separator between them; .json and .jsonl hold one
-    in text_field of each object; HTML is stripped of markup. skip(reason) is called for each
-    document that cannot be read. Raises ValueError if an input does not exist.
+    in text_field of each object; HTML is stripped of markup. Raises ValueError if an input does not
+    exist; calls skip(reason) for each document that cannot be read.
     """
     if not inputs:
         yield from python_manual()
@@ -96,8 +96,7 @@ def find_files(inputs, skip=refuse):
     """Expands inputs into a list of paths: downloads URLs, leaves out hidden files in folders."""
     files = []
     for name in map(str, inputs):
-        is_url = name.startswith(("http://", "https://"))
-        path = download(name) if is_url else pathlib.Path(name)
+        path = download(name) if re.match("https?://", name) else pathlib.Path(name)
         if path.is_dir():
             for folder, inside, names in os.walk(path, onerror=skip):
                 inside[:] = sorted(name for name in inside if name[0] != ".")
@@ -141,7 +140,7 @@ def read_json(path, skip=refuse):
             except (ValueError, RecursionError) as error:
                 skip(f"{where}: broken JSON: {error}")
             else:
-                if isinstance(item, list):
+                if where == path and isinstance(item, list):
                     yield from ((f"{where}, item {n}", row) for n, row in enumerate(item, 1))
                 else:
                     yield where, item
@@ -161,18 +160,19 @@ def split_file(path, separator, block_size=1 << 20):
 
 
 PAGE = re.compile(r"(?i)\s*(<!doctype html|<html)")
-# Whatever is not closed reaches to the end, so that any page is read in linear time.
+# What is not closed reaches to the end of the page, which makes reading any page take linear time.
 UNSEEN = re.compile(
     r"(?is)<!--.*?(-->|\Z)|"
     r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^>]*/>).*?(</\2\s*>|\Z)"
 )
 PRE = re.compile(r"(?is)(<pre(?=[\s>]).*?(?:</pre\s*>|\Z))")
-TAG = re.compile(  # group 1: the tags that begin a line
-    r"(?i)<(?:(/?(?:h[1-6r]|[dou]l|p|pre|div|table|t(?:head|body|foot)|form|fieldset|main|nav|"
-    r"aside|address|blockquote|figure|figcaption|section|article|header|footer|details)|"
-    r"br|dd|dt|li|option|td|th|tr)(?=[\s/>])|[a-z/!?])"
-    r"""(?:[^>=]+|=\s*"[^"]*"?|=\s*'[^']*'?|=)*(?:>|\Z)"""  # a quoted value may hold a >
+ATTRIBUTES = r"""(?:[^>=]+|=\s*"[^"]*"?|=\s*'[^']*'?|=)*(?:>|\Z)"""  # a quoted value may hold a >
+BLOCK = re.compile(
+    r"(?i)<(?:/?(?:h[1-6r]|[dou]l|p|pre|div|table|t(?:head|body|foot)|form|fieldset|main|nav|aside|"
+    r"address|blockquote|figure|figcaption|section|article|header|footer|details)|"
+    r"br|dd|dt|li|option|td|th|tr)(?=[\s/>])" + ATTRIBUTES
 )
+TAG = re.compile(r"(?i)<[a-z/!?]" + ATTRIBUTES)
 
 
 def html_to_text(page):
@@ -181,14 +181,14 @@ def html_to_text(page):
     >>> clean(html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>"))
     'Tom & Ann\\n\\nThey met.'
     """
-    without_tags = lambda part: html.unescape(TAG.sub(lambda tag: "\n" if tag[1] else "", part))
     texts = []
     for part in PRE.split(UNSEEN.sub("", page)):
-        if PRE.match(part):
-            texts.append(without_tags(part))
-        else:
-            lines = without_tags(part.replace("\n", " ")).split("\n")
-            texts.append("\n".join(" ".join(line.split()) for line in lines))
+        is_pre = PRE.match(part)
+        part = BLOCK.sub("\n", part if is_pre else part.replace("\n", " "))
+        text = html.unescape(TAG.sub("", part))
+        if not is_pre:
+            text = "\n".join(" ".join(line.split()) for line in text.split("\n"))
+        texts.append(text)
     return "".join(texts)
 
 
@@ -222,23 +222,21 @@ def library_docstrings():
     """[(module, signature, docstring)] of the standard library, read with ast, never imported."""
     library, skipped = pathlib.Path(os.__file__).parent, {"test", "tests", "idlelib", "lib2to3"}
     entries = []
+
+    def visit(node, module, name):
+        if text := ast.get_docstring(node):  # "" if it is blank
+            arguments = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
+            entries.append((module, name + arguments, text))
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                visit(child, module, f"{name}.{child.name}")
+
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if skipped.isdisjoint(parts) and all(part.isidentifier() for part in parts):
             module = ".".join(part for part in parts if part != "__init__")
-            tree = ast.parse(path.read_bytes())
-            entries += [(module, title, text) for title, text in docstrings(tree, module)]
+            visit(ast.parse(path.read_bytes()), module, module)
     return entries
-
-
-def docstrings(node, name):
-    """Yields (signature, docstring) of a module, class or function and of all inside it."""
-    if text := ast.get_docstring(node):  # "" if it is blank
-        arguments = getattr(node, "args", None)
-        yield name + (f"({ast.unparse(arguments)})" if arguments else ""), text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from docstrings(child, f"{name}.{child.name}")
 
 
 # --- train and val --------------------------------------------------------------------------------
@@ -250,9 +248,9 @@ def position(key):
 
 
 def split_documents(files, config, skip, dropped):
-    """Yields (split, text) of every distinct document, cleaned. A hash of it decides the split; a
-    document of more than 1/200 of the input gives its last tenth to val. The manual is split by
-    module, as finetune.py holds them out. dropped counts what is left out, by reason."""
+    """Yields (split, text) of every distinct document, cleaned. Its hash decides the split; one of
+    more than 1/200 of the input gives its last tenth to val. The manual is split by module, as in
+    finetune.py. dropped counts what is left out, by reason."""
     large = sum(path.stat().st_size for path in files) / 200
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # of positions; 83 bytes of memory for each
@@ -277,15 +275,13 @@ def split_documents(files, config, skip, dropped):
 # --- byte-pair encoding ---------------------------------------------------------------------------
 
 # GPT-2's rule for cutting text into pieces, which no token spans: endings like 's, words, numbers,
-# punctuation, each with the space before it, and whitespace. (In tiktoken's form, ++ is a + that
-# never gives back what it has matched, which is faster and here makes no difference.)
+# punctuation, each with the space before it, and whitespace. (++ is a + that never backtracks.)
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")
 
 
 def cut(text, length=1 << 16):
-    """Yields a long text in parts, cut where a word or number ends. No piece spans such a point, so
-    encoding the parts gives the tokens of the whole."""
+    """Yields a text in parts that end where a word or number does: no piece spans such a point."""
     start = 0
     while start < len(text):
         border = WORD_END.search(text, start + length)
@@ -351,8 +347,7 @@ def train_bpe(texts, vocab_size):
 
 
 def bpe_encode(data, ranks):
-    """One piece of text, as bytes -> its tokens, as bytes: what tiktoken does in Rust, written out.
-
+    """A piece of text, as bytes -> its tokens, as bytes: what tiktoken does in Rust, written out.
     Keeps joining the two neighbors whose token was learned first.
 
     >>> bpe_encode(b" lower", train_bpe(["low lower lowest"], 259))
@@ -424,11 +419,8 @@ def default_template(tokenizer):
 
 
 def chat_parts(messages, tokenizer, template):
-    """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...].
-
-    An answer ends with <|endoftext|>. It is encoded apart from the text before it, because the
-    model will write it that way.
-    """
+    """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...]. An answer
+    ends with <|endoftext|>; it is encoded apart from the text before it, as the model writes it."""
     parts = []
     for message in messages:
         role, content = message["role"], clean(message["content"])
@@ -438,7 +430,7 @@ def chat_parts(messages, tokenizer, template):
         else:
             header = ALPACA[role]
             if role == "user" and not parts:  # the conversation starts here
-                more = ALPACA_INPUT if "### Input:\n" in content else ""
+                more = ALPACA_INPUT * ("### Input:\n" in content)
                 header = ALPACA_PREAMBLE.format(more) + header
             content += "" if is_answer else "\n\n"
         header = tokenizer.encode(header, allowed_special="all")
@@ -455,24 +447,22 @@ def chat_prompt(messages, tokenizer, template):
 
 # --- tokenizers in Hugging Face's format ----------------------------------------------------------
 
-
-def byte_characters():
-    """The printable character for each byte, as GPT-2's files spell them: Latin-1's where that is
-    visible, else (spaces, controls) the next one from 256 on."""
-    others = itertools.count(256)
-    return [chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)]
+# GPT-2's files spell each byte as a visible character: Latin-1's, or where that is a space or a
+# control character, the next one from 256 on.
+OTHER = map(chr, itertools.count(256))
+VISIBLE = "".join(c if c.isprintable() and c != " " else next(OTHER) for c in map(chr, range(256)))
 
 
 def save_tokenizer(spec, folder):
-    """Writes tokenizer.json into folder. tiktoken keeps no merges, so they are recovered: a token,
-    encoded with only those before it, falls into the two that it was merged from."""
+    """Writes tokenizer.json. Its merges are recovered: a token, encoded with only those before it,
+    falls into the two that it was merged from."""
     tokenizer = build_tokenizer(spec)
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
     if tokenizer._pat_str != SPLIT or len(ranks) + len(special) != tokenizer.n_vocab:
         raise ValueError(f"tokenizer {tokenizer.name}: not GPT-2 style, so it cannot be exported")
-    characters, earlier, vocab, merges = byte_characters(), {}, {}, []
+    earlier, vocab, merges = {}, {}, []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = ["".join(characters[b] for b in part) for part in bpe_encode(token, earlier)]
+        parts = [part.decode("latin-1").translate(VISIBLE) for part in bpe_encode(token, earlier)]
         vocab["".join(parts)] = earlier[token] = rank
         merges += [parts] if len(token) > 1 else []
     how = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
@@ -490,8 +480,7 @@ def save_tokenizer(spec, folder):
 
 
 def read_tokenizer(folder):
-    """The spec of a folder's tokenizer.json; None if it has none. Raises ValueError if it splits
-    text differently from GPT-2's, or its tokens are not in the order bytes, merges, special."""
+    """The spec of a folder's tokenizer.json; None if it has none."""
     path = pathlib.Path(folder, "tokenizer.json")
     if not path.exists():
         return None
@@ -506,14 +495,12 @@ def read_tokenizer(folder):
         names, count = sorted(vocab, key=vocab.get), 256 + len(merges)
         if names[256:count] != merges or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError("its tokens are not in the order bytes, merges, special tokens")
-        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
-        tokens = [bytes(byte_of[c] for c in name).decode("latin-1") for name in names[:count]]
+        tokens = [bytes(map(VISIBLE.index, name)).decode("latin-1") for name in names[:count]]
     return {"name": "bpe", "tokens": tokens, "special_tokens": names[count:]}
 
 
 def tokenizer_of(checkpoint, path):
-    """The spec of the tokenizer for a checkpoint that was read from path: the one in it, or in the
-    same folder, or GPT-2's."""
+    """The spec of a checkpoint's tokenizer: the one in it, or in its folder, or else GPT-2's."""
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
     spec = checkpoint.get("tokenizer") or (path.exists() and read_tokenizer(folder))
@@ -526,8 +513,7 @@ SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 
 
 def write_shards(documents, tokenizer, folder):
-    """Encodes (split, text), each with <|endoftext|> after it, into shards under temporary names.
-    Returns meta.json as a dict, which install() completes."""
+    """Writes (split, text), each with <|endoftext|> after it, as shards named .tmp; -> meta.json."""
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
@@ -561,18 +547,17 @@ def write_shards(documents, tokenizer, folder):
 
 def old_shards(folder):
     """The shards of an earlier run in this folder, which the new ones will replace."""
-    path = folder / "meta.json"
-    if not path.exists():
-        return []
-    with damaged(f"{path} (delete it, or name another folder)"):
-        splits = json.loads(path.read_bytes())["splits"].values()
-        names = [name for split in splits for name in split["shards"]]
+    path, names = folder / "meta.json", []
+    if path.exists():
+        with damaged(f"{path} (delete it, or name another folder)"):
+            for split in json.loads(path.read_bytes())["splits"].values():
+                names += split["shards"]
     return [folder / name for name in names if SHARD_NAME.fullmatch(name)]
 
 
 def install(meta, folder, old):
-    """Replaces the old shards with the finished ones. After a crash the folder is either whole or
-    refused by open_data. No other file in the folder is touched."""
+    """Replaces the old shards with the finished ones, and no other file. After a crash the folder
+    is either whole or refused by open_data."""
     for path in (folder / "meta.json", *old):
         path.unlink(missing_ok=True)
     for split in meta["splits"].values():
@@ -582,12 +567,10 @@ def install(meta, folder, old):
 
 
 def open_data(folder):
-    """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards. Raises
-    FileNotFoundError or ValueError if the folder is missing, incomplete, or not one of ours."""
+    """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards."""
     path = pathlib.Path(folder, "meta.json")
     if not path.exists():
-        is_text = os.path.isfile(folder)
-        text, out = (folder, "data/NAME") if is_text else ("YOUR_TEXT", folder)
+        text, out = (folder, "data/NAME") if os.path.isfile(folder) else ("YOUR_TEXT", folder)
         hint = f"python prepare_data.py {text} --out={out} makes a data folder"
         raise FileNotFoundError(f"--data={folder} has no prepared data (meta.json): {hint}")
     with damaged(f"{folder} (run prepare_data.py again)"):
@@ -681,14 +664,11 @@ def main(argv=None):
 # --- shared by all scripts: flags, errors, files --------------------------------------------------
 
 
-def flag_parser(config_class, description):
+def flag_parser(config_class, docs):
     """A parser with a flag for every field of a dataclass, whose comment is the help text."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that an error is one line
-        allow_abbrev=False,
-    )
+    # an error is one line because there is no usage to print before it
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=docs, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     source = "".join(inspect.getsource(c) for c in reversed(config_class.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for field in fields(config_class):
@@ -710,8 +690,7 @@ def parse_value(kind, text):
 
 
 def script(main):
-    """Runs main; bad input ends it with one line on standard error and exit code 2: a ValueError or
-    OSError, or an overflow or out-of-memory error of Python or torch."""
+    """Runs main; bad input ends it with one line on standard error and exit code 2."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if the shell closed it)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
