@@ -40,6 +40,7 @@ import tiktoken
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat, after fine-tuning
 SHARD_TOKENS = 50_000_000  # approximate
+SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 HELD_OUT = 0.1  # the share of the text that goes to val (of the default corpus, twice that)
 
 
@@ -116,7 +117,6 @@ def download(url):
         print(f"using {path}; delete it to download {url} again")
         return path
     print(f"downloading {url} to {path}")
-    path.parent.mkdir(exist_ok=True)
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             write_file(path, response.read())  # raises IncompleteRead if the connection drops
@@ -133,14 +133,14 @@ def read_json(path, skip=refuse):
             whole = path.read_bytes()
             # objects on lines of their own, without commas: JSON Lines, despite the name
             if not re.search(rb"}[ \t\r]*\n\s*{", whole):
-                parts = [(path, whole)]
+                parts = [(str(path), whole)]
         for where, data in parts:
             try:
                 item = json.loads(data)
             except (ValueError, RecursionError) as error:
                 skip(f"{where}: broken JSON: {error}")
             else:
-                if where == path and isinstance(item, list):
+                if isinstance(item, list) and where == str(path):  # not a line
                     yield from ((f"{where}, item {n}", row) for n, row in enumerate(item, 1))
                 else:
                     yield where, item
@@ -475,7 +475,6 @@ def save_tokenizer(spec, folder):
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
     }
-    os.makedirs(folder, exist_ok=True)
     write_file(f"{folder}/tokenizer.json", json.dumps(whole, ensure_ascii=False).encode())
 
 
@@ -508,8 +507,6 @@ def tokenizer_of(checkpoint, path):
 
 
 # --- the data folder ------------------------------------------------------------------------------
-
-SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 
 
 def write_shards(documents, tokenizer, folder):
@@ -556,8 +553,7 @@ def old_shards(folder):
 
 
 def install(meta, folder, old):
-    """Replaces the old shards with the finished ones, and no other file. After a crash the folder
-    is either whole or refused by open_data."""
+    """Replaces the old shards with the finished ones. After a crash midway, open_data refuses."""
     for path in (folder / "meta.json", *old):
         path.unlink(missing_ok=True)
     for split in meta["splits"].values():
@@ -729,6 +725,7 @@ def lock(folder):
 
 def write_file(path, data):
     """Writes bytes to a temporary file, then renames it, so that path is never half written."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
         file.write(data)
         file.flush()
