@@ -163,7 +163,7 @@ PAGE = re.compile(r"(?i)\s*(<!doctype html|<html)")
 # What is not closed reaches to the end of the page, which makes reading any page take linear time.
 UNSEEN = re.compile(
     r"(?is)<!--.*?(-->|\Z)|"
-    r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^>]*/>).*?(</\2\s*>|\Z)"
+    r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^<>]*/>).*?(</\2\s*>|\Z)"
 )
 PRE = re.compile(r"(?is)(<pre(?=[\s>]).*?(?:</pre\s*>|\Z))")
 ATTRIBUTES = r"""(?:[^>=]+|=\s*"[^"]*"?|=\s*'[^']*'?|=)*(?:>|\Z)"""  # a quoted value may hold a >
