@@ -160,7 +160,7 @@ def split_file(path, separator, block_size=1 << 20):
 
 
 PAGE = re.compile(r"(?i)\s*(<!doctype html|<html)")
-# What is not closed reaches to the end of the page, which makes reading any page take linear time.
+# What is not closed reaches to the end of the page, so reading any page takes linear time.
 UNSEEN = re.compile(
     r"(?is)<!--.*?(-->|\Z)|"
     r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^<>]*/>).*?(</\2\s*>|\Z)"
@@ -322,7 +322,7 @@ def train_bpe(texts, vocab_size):
             pieces_with[pair].add(i)
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # a valid heap
     tokens = [bytes([byte]) for byte in range(256)]
-    while heap and heap[0][0] < -1 and len(tokens) < vocab_size:
+    while heap and heap[0][0] < -1 and len(tokens) < vocab_size:  # that is, a pair occurs twice
         queued, pair = heapq.heappop(heap)
         if pair_counts[pair] < -queued:  # other merges have used some up since: queue it again
             heapq.heappush(heap, (-pair_counts[pair], pair))
@@ -330,12 +330,12 @@ def train_bpe(texts, vocab_size):
         (left, right), new = pair, chr(len(tokens))
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
         new_pairs = collections.defaultdict(set)  # and the pieces that contain them
-        for i in [i for i in pieces_with.pop(pair) if pair in pieces[i]]:  # it may be used up there
+        for i in [i for i in pieces_with.pop(pair) if pair in pieces[i]]:  # others have lost it
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
-            changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]
-            changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]
-            changes += [(right + left, new + new) for part in parts[1:-1] if not part]
+            changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]  # xN
+            changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]  # Ny
+            changes += [(right + left, new + new) for part in parts[1:-1] if not part]  # NN in xNNy
             for lost, gained in changes:
                 pair_counts[lost] -= count
                 pair_counts[gained] += count
