@@ -18,7 +18,7 @@ import contextlib
 import functools
 import hashlib
 import heapq
-import html.parser
+import html
 import inspect
 import itertools
 import json
@@ -40,6 +40,7 @@ import tiktoken
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat, after fine-tuning
 SHARD_TOKENS = 50_000_000  # approximate
+SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 HELD_OUT = 0.1  # the share of the text that goes to val (of the default corpus, twice that)
 
 
@@ -65,14 +66,15 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
     """Yields (source, text) for every document in files, folders and URLs, or in Python's manual.
 
     A text file is one document, or several with separator between them; .json and .jsonl hold one
-    in text_field of each object; HTML is stripped of markup. skip(reason) is called for each
-    document that cannot be read. Raises ValueError if an input does not exist.
+    in text_field of each object; HTML is stripped of markup. Raises ValueError if an input does not
+    exist; calls skip(reason) for each document that cannot be read.
     """
     if not inputs:
         yield from python_manual()
     for path in find_files(inputs, skip):
+        kind = path.suffix.lower()
         try:
-            if path.suffix.lower() in (".json", ".jsonl"):
+            if kind in (".json", ".jsonl"):
                 for where, item in read_json(path, skip):
                     if isinstance(item, dict) and isinstance(item.get(text_field), str):
                         yield where, item[text_field]
@@ -82,9 +84,9 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
             for offset, data in split_file(path, separator.encode()):
                 try:
                     text = data.decode()
-                    is_html = path.suffix.lower() in (".html", ".htm") or PAGE.match(text)
-                    yield str(path), html_to_text(text) if is_html else text
-                except (UnicodeDecodeError, AssertionError) as error:  # the latter of html.parser
+                    is_page = kind in (".html", ".htm") or PAGE.match(text)
+                    yield str(path), html_to_text(text) if is_page else text
+                except UnicodeDecodeError as error:
                     where = f"{path}, document at byte {offset}"
                     skip(f"{where}: {error}; if it is not UTF-8: iconv -f latin1 -t utf-8")
         except OSError as error:
@@ -95,16 +97,15 @@ def find_files(inputs, skip=refuse):
     """Expands inputs into a list of paths: downloads URLs, leaves out hidden files in folders."""
     files = []
     for name in map(str, inputs):
-        is_url = name.startswith(("http://", "https://"))
-        path = download(name) if is_url else pathlib.Path(name)
-        if path.is_file():
+        path = download(name) if re.match("https?://", name) else pathlib.Path(name)
+        if path.is_dir():
+            for folder, inside, names in os.walk(path, onerror=skip):
+                inside[:] = sorted(name for name in inside if name[0] != ".")
+                files += [pathlib.Path(folder, name) for name in sorted(names) if name[0] != "."]
+        elif path.is_file():
             files.append(path)
-            continue
-        if not path.is_dir():
+        else:
             raise ValueError(f"{path}: no such file or folder (a pipe cannot be read twice)")
-        for folder, inside, names in os.walk(path, onerror=lambda error: skip(str(error))):
-            inside[:] = sorted(name for name in inside if name[0] != ".")
-            files += [pathlib.Path(folder, name) for name in sorted(names) if name[0] != "."]
     return files
 
 
@@ -116,7 +117,6 @@ def download(url):
         print(f"using {path}; delete it to download {url} again")
         return path
     print(f"downloading {url} to {path}")
-    path.parent.mkdir(exist_ok=True)
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             write_file(path, response.read())  # raises IncompleteRead if the connection drops
@@ -126,24 +126,24 @@ def download(url):
 
 
 def read_json(path, skip=refuse):
-    """Yields (where, item) for each line of JSON Lines, or each item of a .json file's list."""
+    """Yields (where, item): each line of JSON Lines, or each item of the list in a .json file."""
     with open(path, "rb") as file:
+        parts = ((f"{path}, line {n}", line) for n, line in enumerate(file, 1) if line.strip())
         if path.suffix.lower() == ".json":
+            whole = path.read_bytes()
+            # objects on lines of their own, without commas: JSON Lines, despite the name
+            if not re.search(rb"}[ \t\r]*\n\s*{", whole):
+                parts = [(str(path), whole)]
+        for where, data in parts:
             try:
-                items = json.loads(file.read())
-                items = items if isinstance(items, list) else [items]
-                yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
-                return
+                item = json.loads(data)
             except (ValueError, RecursionError) as error:
-                if "Extra data" not in str(error):  # else it is JSON Lines, despite its name
-                    return skip(f"{path}: broken JSON: {error}")
-            file.seek(0)
-        for number, line in enumerate(file, 1):
-            try:
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                skip(f"{path}, line {number}: broken JSON: {error}")
+                skip(f"{where}: broken JSON: {error}")
+            else:
+                if isinstance(item, list) and where == str(path):  # not a line
+                    yield from ((f"{where}, item {n}", row) for n, row in enumerate(item, 1))
+                else:
+                    yield where, item
 
 
 def split_file(path, separator, block_size=1 << 20):
@@ -159,49 +159,37 @@ def split_file(path, separator, block_size=1 << 20):
     yield offset, buffer
 
 
-PAGE = re.compile(r"\s*(<!doctype html|<html)", re.IGNORECASE)
-HIDDEN = ("script", "style", "title", "template", "noscript", "svg", "iframe")
-PARAGRAPH = re.compile(
-    r"h[1-6r]|[dou]l|p|pre|div|table|t(head|body|foot)|form|fieldset|main|nav|aside|"
-    r"address|blockquote|figure|figcaption|section|article|header|footer|details"
+PAGE = re.compile(r"(?i)\s*(<!doctype html|<html)")
+# What is not closed reaches to the end of the page, so reading any page takes linear time.
+UNSEEN = re.compile(
+    r"(?is)<!--.*?(-->|\Z)|"
+    r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^<>]*/>).*?(</\2\s*>|\Z)"
 )
-LINE = re.compile(r"br|dd|dt|li|option|td|th|tr")
-
-
-class VisibleText(html.parser.HTMLParser):
-    """Collects the visible text of a page: a blank line between blocks, <pre> as it is."""
-
-    def __init__(self):
-        super().__init__()
-        self.parts, self.inside = ["\n"], collections.Counter()  # inside: elements that are open
-
-    def handle_starttag(self, tag, attributes):
-        self.inside[tag] += 1
-        if PARAGRAPH.fullmatch(tag) or LINE.fullmatch(tag):
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag):
-        self.inside[tag] = max(0, self.inside[tag] - 1)
-        if PARAGRAPH.fullmatch(tag):
-            self.parts.append("\n")
-
-    def handle_data(self, data):
-        if not self.inside["pre"]:
-            data = re.sub(r"\s+", " ", data)
-            data = data.lstrip() if self.parts[-1][-1] in " \n" else data
-        if data and not any(self.inside[tag] for tag in HIDDEN):
-            self.parts.append(data)
+PRE = re.compile(r"(?is)(<pre(?=[\s>]).*?(?:</pre\s*>|\Z))")
+ATTRIBUTES = r"""(?:[^>=]+|=\s*"[^"]*"?|=\s*'[^']*'?|=)*(?:>|\Z)"""  # a quoted value may hold a >
+BLOCK = re.compile(
+    r"(?i)<(?:/?(?:h[1-6r]|[dou]l|p|pre|div|table|t(?:head|body|foot)|form|fieldset|main|nav|aside|"
+    r"address|blockquote|figure|figcaption|section|article|header|footer|details)|"
+    r"br|dd|dt|li|option|td|th|tr)(?=[\s/>])" + ATTRIBUTES
+)
+TAG = re.compile(r"(?i)<[a-z/!?]" + ATTRIBUTES)
 
 
 def html_to_text(page):
+    """The visible text of a page: a line for each block, and <pre> as it is.
+
+    >>> clean(html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>"))
+    'Tom & Ann\\n\\nThey met.'
     """
-    >>> html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>").split("\\n")
-    ['', '', 'Tom & Ann', '', 'They met.', '']
-    """
-    parser = VisibleText()
-    parser.feed(page)
-    parser.close()
-    return "".join(parser.parts)
+    texts = []
+    for part in PRE.split(UNSEEN.sub("", page)):
+        is_pre = PRE.match(part)
+        part = BLOCK.sub("\n", part if is_pre else part.replace("\n", " "))
+        text = html.unescape(TAG.sub("", part))
+        if not is_pre:
+            text = "\n".join(" ".join(line.split()) for line in text.split("\n"))
+        texts.append(text)
+    return "".join(texts)
 
 
 def clean(text):
@@ -234,23 +222,21 @@ def library_docstrings():
     """[(module, signature, docstring)] of the standard library, read with ast, never imported."""
     library, skipped = pathlib.Path(os.__file__).parent, {"test", "tests", "idlelib", "lib2to3"}
     entries = []
+
+    def visit(node, module, name):
+        if text := ast.get_docstring(node):  # "" if it is blank
+            arguments = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
+            entries.append((module, name + arguments, text))
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                visit(child, module, f"{name}.{child.name}")
+
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if skipped.isdisjoint(parts) and all(part.isidentifier() for part in parts):
             module = ".".join(part for part in parts if part != "__init__")
-            tree = ast.parse(path.read_bytes())
-            entries += [(module, title, text) for title, text in docstrings(tree, module)]
+            visit(ast.parse(path.read_bytes()), module, module)
     return entries
-
-
-def docstrings(node, name):
-    """Yields (signature, docstring) of a module, class or function and of all inside it."""
-    if text := ast.get_docstring(node):  # "" if it is blank
-        arguments = getattr(node, "args", None)
-        yield name + (f"({ast.unparse(arguments)})" if arguments else ""), text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from docstrings(child, f"{name}.{child.name}")
 
 
 # --- train and val --------------------------------------------------------------------------------
@@ -262,9 +248,9 @@ def position(key):
 
 
 def split_documents(files, config, skip, dropped):
-    """Yields (split, text) of every distinct document, cleaned. A hash of it decides the split; a
-    document of more than 1/200 of the input gives its last tenth to val. The manual is split by
-    module, as finetune.py holds them out. dropped counts what is left out, by reason."""
+    """Yields (split, text) of every distinct document, cleaned. Its hash decides the split; one of
+    more than 1/200 of the input gives its last tenth to val. The manual is split by module, as in
+    finetune.py. dropped counts what is left out, by reason."""
     large = sum(path.stat().st_size for path in files) / 200
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # of positions; 83 bytes of memory for each
@@ -275,30 +261,27 @@ def split_documents(files, config, skip, dropped):
             dropped["duplicate" if place in seen else "short"] += 1
             continue
         seen.add(place)
-        if not files:
-            yield "val" if position(source) < 2 * HELD_OUT else "train", text
-        elif len(text) <= large:
-            yield "val" if place < HELD_OUT else "train", text
-        else:
+        if files and len(text) > large:
             border = round(len(text) * (1 - HELD_OUT))
             # after the last space or newline before it, if there is any
             border = max(text.rfind(" ", 0, border), text.rfind("\n", 0, border)) + 1 or border
             yield "train", text[:border]
             yield "val", text[border:]
+        else:
+            is_val = place < HELD_OUT if files else position(source) < 2 * HELD_OUT
+            yield "val" if is_val else "train", text
 
 
 # --- byte-pair encoding ---------------------------------------------------------------------------
 
 # GPT-2's rule for cutting text into pieces, which no token spans: endings like 's, words, numbers,
-# punctuation, each with the space before it, and whitespace. (In tiktoken's form, ++ is a + that
-# never gives back what it has matched, which is faster and here makes no difference.)
+# punctuation, each with the space before it, and whitespace. (++ is a + that never backtracks.)
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")
 
 
 def cut(text, length=1 << 16):
-    """Yields a long text in parts, cut where a word or number ends. No piece spans such a point, so
-    encoding the parts gives the tokens of the whole."""
+    """Yields a text in parts that end where a word or number does: no piece spans such a point."""
     start = 0
     while start < len(text):
         border = WORD_END.search(text, start + length)
@@ -308,8 +291,9 @@ def cut(text, length=1 << 16):
 
 
 def count_pieces(texts):
-    """Cuts texts by SPLIT and counts the distinct pieces. Words, with the punctuation before them,
-    are counted first: they are few, and no piece spans the end of one."""
+    """Cuts texts by SPLIT -> the distinct pieces, how often each occurs. A piece is a string with a
+    character for each token: at first, for each byte. So a merge is str.replace."""
+    # First words with the punctuation before them: they are few, and no piece spans a word's end.
     words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
         words.update(re.findall(r"[\W_]*[^\W_]+|[\W_]+", part))
@@ -317,7 +301,7 @@ def count_pieces(texts):
     for word, n in words.items():
         for piece in split(word):
             pieces[piece] += n
-    return pieces
+    return [piece.encode().decode("latin-1") for piece in pieces], list(pieces.values())
 
 
 def train_bpe(texts, vocab_size):
@@ -330,70 +314,40 @@ def train_bpe(texts, vocab_size):
     >>> list(train_bpe(["low lower lowest"], 259))[256:]
     [b'lo', b'low', b' low']
     """
-    pieces = count_pieces(texts)
-    counts = list(pieces.values())
-    # From here on a piece is a string with one character for each token: byte 65 and token 65 are
-    # chr(65). So a pair is a string of two, and merging it is str.replace.
-    pieces = [piece.encode().decode("latin-1") for piece in pieces]
-    pair_counts, pieces_with = count_pairs(pieces, counts)
+    pieces, counts = count_pieces(texts)
+    pair_counts, pieces_with = collections.defaultdict(int), collections.defaultdict(set)
+    for i, (piece, count) in enumerate(zip(pieces, counts)):
+        for pair in map(str.__add__, piece, piece[1:]):
+            pair_counts[pair] += count
+            pieces_with[pair].add(i)
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # a valid heap
     tokens = [bytes([byte]) for byte in range(256)]
-    while heap and len(tokens) < vocab_size:
+    while heap and heap[0][0] < -1 and len(tokens) < vocab_size:  # that is, a pair occurs twice
         queued, pair = heapq.heappop(heap)
-        count = pair_counts[pair]
-        if count < -queued:  # other merges have used some up since: queue it again
-            heapq.heappush(heap, (-count, pair))
+        if pair_counts[pair] < -queued:  # other merges have used some up since: queue it again
+            heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
-        if count < 2:
-            break
-        new = chr(len(tokens))
-        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        new_counts = collections.Counter()
-        for i in pieces_with.pop(pair):
-            pieces[i] = pieces[i].replace(pair, new)
-            for lost, gained in changed_pairs(pieces[i], pair, new):
-                pair_counts[lost] -= counts[i]
-                new_counts[gained] += counts[i]
-                pieces_with[gained].add(i)
-        del pair_counts[pair]
-        pair_counts.update(new_counts)
-        for gained, count in new_counts.items():
-            heapq.heappush(heap, (-count, gained))
+        (left, right), new = pair, chr(len(tokens))
+        tokens.append(tokens[ord(left)] + tokens[ord(right)])
+        new_pairs = collections.defaultdict(set)  # and the pieces that contain them
+        for i in [i for i in pieces_with.pop(pair) if pair in pieces[i]]:  # others have lost it
+            parts, count = pieces[i].split(pair), counts[i]
+            pieces[i] = new.join(parts)
+            changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]  # xN
+            changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]  # Ny
+            changes += [(right + left, new + new) for part in parts[1:-1] if not part]  # NN in xNNy
+            for lost, gained in changes:
+                pair_counts[lost] -= count
+                pair_counts[gained] += count
+                new_pairs[gained].add(i)
+        pieces_with |= new_pairs
+        for pair in new_pairs:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-def count_pairs(pieces, counts):
-    """How often each pair of neighbors occurs, and the indices of the pieces that contain it. (A
-    piece stays listed after it loses the pair, which is harmless.)"""
-    pair_counts, pieces_with = collections.Counter(), collections.defaultdict(set)
-    for i, piece in enumerate(pieces):
-        for pair in map(str.__add__, piece, piece[1:]):
-            pair_counts[pair] += counts[i]
-            pieces_with[pair].add(i)
-    return pair_counts, pieces_with
-
-
-def changed_pairs(piece, pair, new):
-    """Yields (pair before, pair now) for the neighbors of new, which has replaced pair in piece.
-
-    >>> list(changed_pairs("xNNy", "ab", "N"))
-    [('xa', 'xN'), ('ba', 'NN'), ('by', 'Ny')]
-    """
-    left, right = pair
-    at = piece.find(new)
-    while at >= 0:
-        if at:
-            before = piece[at - 1]
-            yield (right if before == new else before) + left, before + new
-        at += 1
-        if at < len(piece) and piece[at] != new:
-            yield right + piece[at], new + piece[at]
-        at = piece.find(new, at)
-
-
 def bpe_encode(data, ranks):
-    """One piece of text, as bytes -> its tokens, as bytes: what tiktoken does in Rust, written out.
-
+    """A piece of text, as bytes -> its tokens, as bytes: what tiktoken does in Rust, written out.
     Keeps joining the two neighbors whose token was learned first.
 
     >>> bpe_encode(b" lower", train_bpe(["low lower lowest"], 259))
@@ -401,12 +355,12 @@ def bpe_encode(data, ranks):
     """
     tokens = [bytes([byte]) for byte in data]
     while True:
-        joined = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(tokens)]
-        earliest = min(joined, default=math.inf)
-        if earliest == math.inf:
+        pairs = [a + b for a, b in itertools.pairwise(tokens)]
+        earliest = min(pairs, key=lambda pair: ranks.get(pair, math.inf), default=None)
+        if earliest not in ranks:
             return tokens
-        i = joined.index(earliest)
-        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+        i = pairs.index(earliest)
+        tokens[i : i + 2] = [earliest]
 
 
 def bpe_spec(ranks):
@@ -424,9 +378,8 @@ def build_tokenizer(spec):
             special = {token: len(ranks) + i for i, token in enumerate(spec["special_tokens"])}
             if not all(bytes([byte]) in ranks for byte in range(256)) or END_OF_TEXT not in special:
                 raise ValueError(f"a byte or {END_OF_TEXT} is missing")
-            return tiktoken.Encoding(
-                name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
-            )
+            how = {"pat_str": SPLIT, "mergeable_ranks": ranks, "special_tokens": special}
+            return tiktoken.Encoding(name, **how)
     names = tiktoken.list_encoding_names()
     if name not in names:
         raise ValueError(f"unknown tokenizer {name!r}: bpe, {', '.join(names)}, or a folder")
@@ -445,12 +398,9 @@ def token_bytes(tokenizer, token):
 
 
 def token_label(tokenizer, token):
-    """A token as a person can read it: escaped; as bytes if it is only part of a character."""
-    data = token_bytes(tokenizer, token)
-    try:
-        return repr(data.decode())[1:-1]
-    except UnicodeDecodeError:
-        return repr(data)[2:-1]
+    """A token as a person can read it: escaped, as are bytes that are only part of a character."""
+    text = token_bytes(tokenizer, token).decode(errors="surrogateescape")
+    return repr(text)[1:-1].replace("\\udc", "\\x")  # byte e6 is the surrogate dce6 in text
 
 
 # --- chat templates -------------------------------------------------------------------------------
@@ -469,24 +419,21 @@ def default_template(tokenizer):
 
 
 def chat_parts(messages, tokenizer, template):
-    """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...].
-
-    An answer ends with <|endoftext|>. It is encoded apart from the text before it, because the
-    model will write it that way.
-    """
+    """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...]. An answer
+    ends with <|endoftext|>; it is encoded apart from the text before it, as the model writes it."""
     parts = []
     for message in messages:
         role, content = message["role"], clean(message["content"])
         is_answer = role == "assistant"
         if template == "roles":
-            header = [tokenizer.encode_single_token(f"<|{role}|>")]
+            header = f"<|{role}|>"
         else:
             header = ALPACA[role]
             if role == "user" and not parts:  # the conversation starts here
-                more = ALPACA_INPUT if "### Input:\n" in content else ""
+                more = ALPACA_INPUT * ("### Input:\n" in content)
                 header = ALPACA_PREAMBLE.format(more) + header
-            header = tokenizer.encode_ordinary(header)
             content += "" if is_answer else "\n\n"
+        header = tokenizer.encode(header, allowed_special="all")
         tokens = tokenizer.encode_ordinary(content)
         parts += [(header, False), (tokens + [tokenizer.eot_token] * is_answer, is_answer)]
     return parts
@@ -500,43 +447,39 @@ def chat_prompt(messages, tokenizer, template):
 
 # --- tokenizers in Hugging Face's format ----------------------------------------------------------
 
-
-def byte_characters():
-    """The printable character for each byte, as GPT-2's files spell them: Latin-1's where that is
-    visible, else (spaces, controls) the next one from 256 on."""
-    others = itertools.count(256)
-    return [chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)]
+# GPT-2's files spell each byte as a visible character: Latin-1's, or where that is a space or a
+# control character, the next one from 256 on.
+OTHER = map(chr, itertools.count(256))
+VISIBLE = "".join(c if c.isprintable() and c != " " else next(OTHER) for c in map(chr, range(256)))
 
 
 def save_tokenizer(spec, folder):
-    """Writes tokenizer.json into folder. tiktoken keeps no merges, so they are recovered: a token,
-    encoded with only those before it, falls into the two that it was merged from."""
+    """Writes tokenizer.json. Its merges are recovered: a token, encoded with only those before it,
+    falls into the two that it was merged from."""
     tokenizer = build_tokenizer(spec)
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
     if tokenizer._pat_str != SPLIT or len(ranks) + len(special) != tokenizer.n_vocab:
         raise ValueError(f"tokenizer {tokenizer.name}: not GPT-2 style, so it cannot be exported")
-    characters, earlier, vocab, merges = byte_characters(), {}, {}, []
+    earlier, vocab, merges = {}, {}, []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = ["".join(characters[b] for b in part) for part in bpe_encode(token, earlier)]
+        parts = [part.decode("latin-1").translate(VISIBLE) for part in bpe_encode(token, earlier)]
         vocab["".join(parts)] = earlier[token] = rank
         merges += [parts] if len(token) > 1 else []
-    flags = ("normalized", "single_word", "lstrip", "rstrip")
-    how = {"special": True, **dict.fromkeys(flags, False)}
+    how = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    added = [{"id": i, "content": name, "special": True, **how} for name, i in special.items()]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     whole = {
         "version": "1.0",
-        "added_tokens": [{"id": rank, "content": name, **how} for name, rank in special.items()],
+        "added_tokens": added,
         "pre_tokenizer": byte_level | {"use_regex": True},
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab | special, "merges": merges},
     }
-    os.makedirs(folder, exist_ok=True)
     write_file(f"{folder}/tokenizer.json", json.dumps(whole, ensure_ascii=False).encode())
 
 
 def read_tokenizer(folder):
-    """The spec of a folder's tokenizer.json; None if it has none. Raises ValueError if it splits
-    text differently from GPT-2's, or its tokens are not in the order bytes, merges, special."""
+    """The spec of a folder's tokenizer.json; None if it has none."""
     path = pathlib.Path(folder, "tokenizer.json")
     if not path.exists():
         return None
@@ -551,14 +494,12 @@ def read_tokenizer(folder):
         names, count = sorted(vocab, key=vocab.get), 256 + len(merges)
         if names[256:count] != merges or sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError("its tokens are not in the order bytes, merges, special tokens")
-        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
-        tokens = [bytes(byte_of[c] for c in name).decode("latin-1") for name in names[:count]]
+        tokens = [bytes(map(VISIBLE.index, name)).decode("latin-1") for name in names[:count]]
     return {"name": "bpe", "tokens": tokens, "special_tokens": names[count:]}
 
 
 def tokenizer_of(checkpoint, path):
-    """The spec of the tokenizer for a checkpoint that was read from path: the one in it, or in the
-    same folder, or GPT-2's."""
+    """The spec of a checkpoint's tokenizer: the one in it, or in its folder, or else GPT-2's."""
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
     spec = checkpoint.get("tokenizer") or (path.exists() and read_tokenizer(folder))
@@ -567,39 +508,33 @@ def tokenizer_of(checkpoint, path):
 
 # --- the data folder ------------------------------------------------------------------------------
 
-SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
-
 
 def write_shards(documents, tokenizer, folder):
-    """Encodes (split, text), each with <|endoftext|> after it, into shards under temporary names.
-    Returns meta.json as a dict, which install() completes."""
+    """Writes (split, text), each with <|endoftext|> after it, as shards named .tmp; -> meta.json."""
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
 
     def flush(split):
-        shard, stats = np.concatenate(waiting[split]), splits[split]
-        stats["shards"].append(f"{split}_{len(stats['shards']):05d}.npy")
-        with open(folder / f"{stats['shards'][-1]}.tmp", "wb") as file:
+        shard, names = np.concatenate(waiting[split]), splits[split]["shards"]
+        names.append(f"{split}_{len(names):05d}.npy")
+        with open(folder / f"{names[-1]}.tmp", "wb") as file:
             np.save(file, shard)
         digest.update(shard)
         waiting[split] = []
 
-    def encode(item):
-        _, text = item
-        if text is None:  # the end of a document
-            return np.array([tokenizer.eot_token], dtype)
-        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(dtype)
-
-    parts = ((split, part) for split, text in documents for part in (*cut(text), None))
+    encode = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
+    parts = ((split, part) for split, text in documents for part in (*cut(text), ""))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(parts, 512)):
-            for (split, text), tokens in zip(batch, pool.map(encode, batch)):
-                waiting[split].append(tokens)
-                splits[split]["tokens"] += len(tokens)
-                splits[split]["bytes"] += len((text or "").encode())
-                splits[split]["documents"] += text is None
-                if splits[split]["tokens"] >= SHARD_TOKENS * (len(splits[split]["shards"]) + 1):
+            for (split, text), tokens in zip(batch, pool.map(encode, [text for _, text in batch])):
+                tokens = tokens if text else [tokenizer.eot_token]  # "" ends a document
+                stats = splits[split]
+                stats["tokens"] += len(tokens)
+                stats["bytes"] += len(text.encode())
+                stats["documents"] += not text
+                waiting[split].append(np.array(tokens, dtype))
+                if stats["tokens"] >= SHARD_TOKENS * (len(stats["shards"]) + 1):
                     flush(split)
     for split in filter(waiting.get, splits):
         flush(split)
@@ -609,21 +544,17 @@ def write_shards(documents, tokenizer, folder):
 
 def old_shards(folder):
     """The shards of an earlier run in this folder, which the new ones will replace."""
-    path = folder / "meta.json"
-    if not path.exists():
-        return []
-    with damaged(f"{path} (delete it, or name another folder)"):
-        splits = json.loads(path.read_bytes())["splits"].values()
-        names = [name for split in splits for name in split["shards"]]
+    path, names = folder / "meta.json", []
+    if path.exists():
+        with damaged(f"{path} (delete it, or name another folder)"):
+            for split in json.loads(path.read_bytes())["splits"].values():
+                names += split["shards"]
     return [folder / name for name in names if SHARD_NAME.fullmatch(name)]
 
 
-def install(meta, folder):
-    """Replaces the earlier shards with the finished ones. After a crash the folder is either whole
-    or refused by open_data. No other file in the folder is touched."""
-    old = old_shards(folder)
-    (folder / "meta.json").unlink(missing_ok=True)
-    for path in old:
+def install(meta, folder, old):
+    """Replaces the old shards with the finished ones. After a crash midway, open_data refuses."""
+    for path in (folder / "meta.json", *old):
         path.unlink(missing_ok=True)
     for split in meta["splits"].values():
         for name in split["shards"]:
@@ -632,12 +563,10 @@ def install(meta, folder):
 
 
 def open_data(folder):
-    """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards. Raises
-    FileNotFoundError or ValueError if the folder is missing, incomplete, or not one of ours."""
+    """meta.json as a dict; each of its splits gets "arrays", the memory-mapped shards."""
     path = pathlib.Path(folder, "meta.json")
     if not path.exists():
-        is_text = os.path.isfile(folder)
-        text, out = (folder, "data/NAME") if is_text else ("YOUR_TEXT", folder)
+        text, out = (folder, "data/NAME") if os.path.isfile(folder) else ("YOUR_TEXT", folder)
         hint = f"python prepare_data.py {text} --out={out} makes a data folder"
         raise FileNotFoundError(f"--data={folder} has no prepared data (meta.json): {hint}")
     with damaged(f"{folder} (run prepare_data.py again)"):
@@ -645,11 +574,11 @@ def open_data(folder):
         if meta["format"] != 2:
             raise ValueError(f"format {meta['format']}, from another version")
         for split in (meta["splits"]["train"], meta["splits"]["val"]):
-            if not all(map(SHARD_NAME.fullmatch, split["shards"])):
+            names = split["shards"]
+            if not all(map(SHARD_NAME.fullmatch, names)):
                 raise ValueError("invalid shard names")
-            split["arrays"] = [np.load(path.parent / n, mmap_mode="r") for n in split["shards"]]
-            kinds = {(array.dtype.name, array.ndim) for array in split["arrays"]}
-            tokens = sum(map(len, split["arrays"]))
+            arrays = split["arrays"] = [np.load(path.parent / n, mmap_mode="r") for n in names]
+            kinds, tokens = {(a.dtype.name, a.ndim) for a in arrays}, sum(map(len, arrays))
             if kinds != {(meta["dtype"], 1)} or tokens != split["tokens"] or split["bytes"] < 1:
                 raise ValueError("the shards are not what meta.json says")
     return meta
@@ -685,20 +614,18 @@ def with_progress(documents, label):
 def prepare(inputs, config):
     """Writes the data folder and prints a summary."""
     folder, skipped, dropped = pathlib.Path(config.out), [], collections.Counter()
-    old_shards(folder)  # a folder that is not ours is reported before the long work
-    spec = None
-    if config.tokenizer != "bpe":
-        spec = {"name": config.tokenizer}
-        if os.path.isdir(config.tokenizer):
-            spec = read_tokenizer(config.tokenizer) or open_data(config.tokenizer)["tokenizer"]
-        build_tokenizer(spec)  # a wrong name is reported before the long work
+    old = old_shards(folder)  # a folder that is not ours is reported before the long work
     files = find_files(inputs, skipped.append)
     if inputs and not files:
         raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files found")
-    if spec is None:  # a first pass, which leaves the report to the second
+    if config.tokenizer == "bpe":  # a first pass, which leaves the report to the second
         documents = split_documents(files, config, lambda reason: None, collections.Counter())
         size = sum(path.stat().st_size for path in files)
         spec = train_tokenizer(with_progress(documents, "reading"), size, config)
+    elif os.path.isdir(config.tokenizer):
+        spec = read_tokenizer(config.tokenizer) or open_data(config.tokenizer)["tokenizer"]
+    else:
+        spec = {"name": config.tokenizer}
     tokenizer = build_tokenizer(spec)
     documents = split_documents(files, config, skipped.append, dropped)
     sources = inputs or [f"the manual of Python {sys.version.split()[0]}"]
@@ -706,7 +633,7 @@ def prepare(inputs, config):
         meta = write_shards(with_progress(documents, "encoding"), tokenizer, folder)
         if not all(split["bytes"] for split in meta["splits"].values()):
             raise ValueError(skipped[0] if skipped else "too little text to hold out a tenth of it")
-        install({**meta, "tokenizer": spec, "sources": sources}, folder)
+        install({**meta, "tokenizer": spec, "sources": sources}, folder, old)
     finally:
         for path in folder.glob("*.npy.tmp"):
             path.unlink()
@@ -725,8 +652,7 @@ def main(argv=None):
     parser = flag_parser(PrepareConfig, __doc__)
     parser.add_argument("inputs", nargs="*", help="files, folders, URLs (default: Python's manual)")
     flags = vars(parser.parse_intermixed_args(argv))
-    inputs = flags.pop("inputs")
-    config = PrepareConfig(**flags)
+    inputs, config = flags.pop("inputs"), PrepareConfig(**flags)
     with lock(config.out):
         prepare(inputs, config)
 
@@ -734,14 +660,11 @@ def main(argv=None):
 # --- shared by all scripts: flags, errors, files --------------------------------------------------
 
 
-def flag_parser(config_class, description):
+def flag_parser(config_class, docs):
     """A parser with a flag for every field of a dataclass, whose comment is the help text."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that an error is one line
-        allow_abbrev=False,
-    )
+    # an error is one line because there is no usage to print before it
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=docs, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     source = "".join(inspect.getsource(c) for c in reversed(config_class.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for field in fields(config_class):
@@ -763,8 +686,7 @@ def parse_value(kind, text):
 
 
 def script(main):
-    """Runs main; bad input ends it with one line on standard error and exit code 2: a ValueError or
-    OSError, or an overflow or out-of-memory error of Python or torch."""
+    """Runs main; bad input ends it with one line on standard error and exit code 2."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if the shell closed it)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -803,12 +725,12 @@ def lock(folder):
 
 def write_file(path, data):
     """Writes bytes to a temporary file, then renames it, so that path is never half written."""
-    temporary = pathlib.Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    os.replace(file.name, path)
 
 
 @contextlib.contextmanager
