@@ -1047,17 +1047,20 @@ def test_tokens_that_only_pad_the_vocabulary_are_never_sampled(base, tmp_path):
     assert load_for_sampling(tmp_path)[0](tokens(4, 8)).size(-1) == known
 
 
-def test_small_models_are_trained_and_sampled_on_one_thread(base, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for use in (lambda: load_for_sampling(base), lambda: train.use_few_threads(tiny_model())):
-        torch.set_num_threads(2)
-        use()
-        assert torch.get_num_threads() == 1
+def test_a_small_model_is_sampled_on_one_thread(base):
     torch.set_num_threads(2)
-    train.use_few_threads(GPT(GPTConfig(**{**TINY, "n_embd": 512})))
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    train.use_few_threads(tiny_model())
-    assert torch.get_num_threads() == 2
+    load_for_sampling(base)
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(("seconds", "n_embd", "threads"), [(0.5, 16, 2), (1, 16, 1), (9, 512, 2)])
+def test_a_small_model_is_trained_on_one_thread_where_two_are_no_faster(
+    seconds, n_embd, threads, monkeypatch
+):
+    now = itertools.accumulate(seconds if torch.get_num_threads() == 2 else 1 for _ in range(9))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(now))
+    torch.set_num_threads(2)
+    assert train.pick_threads(GPT(GPTConfig(**{**TINY, "n_embd": n_embd}))) == threads
     torch.set_num_threads(1)
 
 

@@ -53,6 +53,7 @@ class RunConfig:  # shared with finetune.py
     log_interval: int = 100  # steps between lines of output
     device: str = ""  # cpu, cuda, mps (default: the best available)
     dtype: str = ""  # float32, bfloat16 or float16, for matrix products (default: the fastest)
+    threads: int = 0  # of the CPU (0: all; for a small model beside other work, one)
 
 
 def check_counts(config):
@@ -128,11 +129,24 @@ class Machine:
         torch.manual_seed(int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0]))
 
 
-def use_few_threads(model):
-    """One thread for under two million parameters, unless OMP_NUM_THREADS is set: two are up to 1.5
-    times as fast on an idle machine, but a third as fast as one beside other work."""
-    if sum(p.numel() for p in model.parameters()) < 2e6 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+def pick_threads(model):
+    """All threads, or one if that is as fast at this moment for a small model: beside other work,
+    threads wait for one another at each of its many short steps."""
+    threads = torch.get_num_threads()  # as many as there are cores, or OMP_NUM_THREADS
+    matrix = torch.ones(512, 256)
+
+    def seconds(count):
+        torch.set_num_threads(count)
+        matrix.T @ matrix  # starts the threads
+        start = time.perf_counter()
+        for _ in range(25):
+            matrix.T @ matrix
+        return time.perf_counter() - start
+
+    is_small = sum(p.numel() for p in model.parameters()) < 2e6
+    if is_small and threads > 1 and seconds(1) < 1.3 * seconds(threads):
+        threads = 1
+    return threads
 
 
 # --- pretraining ----------------------------------------------------------------------------------
@@ -280,7 +294,8 @@ def train(config, machine, task, saved=None):
     optimizer = configure_optimizer(task.model, *rates, task.lr_scales)
     state = restore(saved, config, optimizer, machine.scaler)
     losses, clock = [], time.perf_counter()
-    use_few_threads(task.model)
+    config.threads = config.threads or pick_threads(task.model)
+    torch.set_num_threads(config.threads)
     with stop_signals(machine) as signals:
         while state["step"] < config.max_iters:
             if 0 < config.patience <= state["evaluations_since"]:
@@ -396,7 +411,7 @@ def save(config, machine, task, optimizer, state):
     if machine.rank > 0:
         return
     files = [folder / name for name in ("metrics.csv", "loss.png", "best.pt", "last.pt")]
-    if not state["has_saved"] and any(file.exists() for file in files):
+    if not state["has_saved"] and any(file.exists() for file in files[2:]):
         (folder / "previous").mkdir(exist_ok=True)
         for file in filter(pathlib.Path.exists, files):
             file.replace(folder / "previous" / file.name)
