@@ -25,12 +25,12 @@ import math
 import pathlib
 import re
 from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
 from gpt import GPT, load_checkpoint, next_token_losses
@@ -76,6 +76,9 @@ class FinetuneConfig(RunConfig):
     reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
     group_size: int = 0  # for ppo and grpo: answers to a prompt (0: 1 for ppo, 8 for grpo)
 
+    def __post_init__(self):
+        self.out_dir = self.out_dir or f"out/{self.task}"
+
 
 # --- LoRA -----------------------------------------------------------------------------------------
 
@@ -119,22 +122,23 @@ def merged_weights(gpt):
 
 # --- what all tasks share -------------------------------------------------------------------------
 
+# where the config has 0; the learning rate is for a model that is 128 wide
+DEFAULTS = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
+DEFAULTS |= {"max_new_tokens": 128}
+
 
 class Task:
     """The part of train()'s interface that all tasks share. Each task adds
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
-                      "text": what it is about, and more}; "group" is added
+                      "text": what it is about, and more}
     terms(examples)   -> {name: (N,)}: training minimizes the mean of "loss"; an evaluation reports
                       the mean of each
     """
 
-    # where the config has 0; the learning rate is for a model that is 128 wide
-    defaults: ClassVar = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
-    defaults |= {"max_new_tokens": 128}
+    defaults = DEFAULTS
     columns = ("output",)  # of a row, which hold its answers
-    has_head = False  # in addition to the language model's
-    writes = False  # whether held-out prompts are answered, before and after training
+    has_head = False  # that scores or classifies, where other tasks write answers
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
 
     def __init__(self, config, machine, checkpoint):
@@ -147,8 +151,8 @@ class Task:
             self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout, attn_dropout=0.0)
         self.gpt.resize(min(self.tokenizer.n_vocab, self.gpt.config.vocab_size), config.block_size)
         self.block_size = self.gpt.config.block_size
-        self.template = config.template or checkpoint.get("template")
-        self.template = self.template or prepare_data.default_template(self.tokenizer)
+        default = prepare_data.default_template(self.tokenizer)
+        self.template = config.template or checkpoint.get("template") or default
         self.too_long = 0  # examples that were truncated
         self.measured = collections.defaultdict(list)  # values since the last row of metrics.csv
         self.splits = {} if config.predict else self.read_examples()
@@ -159,13 +163,14 @@ class Task:
     def set_up(self):
         """Override to add anything beyond the model and the examples."""
 
-    def default_rows(self):
-        """(where, row) of the examples, if there is no --data."""
-        return manual_answers()
+    # from files to batches
+
+    def read(self, path):
+        """Yields (where, row) of a file, or without one, of the default examples."""
+        return read_rows(path) if path else manual_answers()
 
     def encoded(self, path):
-        columns = (self.config.label_field, self.config.text_field)
-        for where, row in read_rows(path, columns) if path else self.default_rows():
+        for where, row in self.read(path):
             try:
                 example, group = self.encode(row), row.get("group")
             except Exception as error:
@@ -177,13 +182,12 @@ class Task:
         split_of holds out a tenth of data for each."""
         config, splits = self.config, {"train": [], "val": [], "test": []}
         for example in self.encoded(config.data):
-            is_test = config.eval_only and config.data
-            splits["test" if is_test else split_of(example["group"], config)].append(example)
-        known = set()  # the groups and texts that are held out
+            splits[split_of(example["group"], config)].append(example)
+        held_out = set()  # groups and texts
         for split, path in {"test": config.test, "val": config.val, "train": ""}.items():
-            new = [e for e in splits[split] if known.isdisjoint((e["group"], e["text"]))]
-            splits[split] = list(self.encoded(path)) if path and not config.eval_only else new
-            known |= {e[key] for e in splits[split] for key in ("group", "text")}
+            new = [e for e in splits[split] if held_out.isdisjoint((e["group"], e["text"]))]
+            splits[split] = new + list(self.encoded(path) if path else ())
+            held_out |= {e[key] for e in splits[split] for key in ("group", "text")}
         counts = {split: len(examples) for split, examples in splits.items()}
         print(f"examples: {counts}; {self.too_long} were truncated to the context")
         needed = ("test",) if config.eval_only else ("train", "val")
@@ -211,11 +215,18 @@ class Task:
     def collate(self, examples):
         """Their rows -> idx and targets, (R, T), padded at the end, which causal attention ignores,
         and the index of each row's last token, (R,)."""
-        rows = [row for example in examples for row in example["rows"]]
-        length, last = max(len(idx) for idx, _ in rows), [len(idx) - 1 for idx, _ in rows]
-        idx = [idx + [self.end] * (length - len(idx)) for idx, _ in rows]
-        targets = [targets + [-100] * (length - len(targets)) for _, targets in rows]
-        return self.machine.put(*map(torch.tensor, (idx, targets, last)))
+        rows = [map(torch.tensor, row) for example in examples for row in example["rows"]]
+        idx, targets = zip(*rows)
+        last = torch.tensor([len(row) - 1 for row in idx])
+        idx = pad_sequence(idx, batch_first=True, padding_value=self.end)
+        targets = pad_sequence(targets, batch_first=True, padding_value=-100)
+        return self.machine.put(idx, targets, last)
+
+    def batch(self, n):
+        numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
+        return [self.splits["train"][i] for i in numbers]
+
+    # training
 
     def add_head(self, outputs, std, labels=None):
         """A linear layer that reads the last token of a text, whose state has seen the whole text.
@@ -224,22 +235,22 @@ class Task:
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
-        if self.start.get("task") == config.task and self.start.get("labels") == labels:
+        if (self.start.get("task"), self.start.get("labels")) == (config.task, labels):
             with damaged(config.init_from):
                 head.load_state_dict(self.start["head"])
         elif self.has_head and (config.predict or config.eval_only):  # not PPO's critic
             hint = f"--task={config.task} trains one"
             raise ValueError(f"{config.init_from}: no head for this task; {hint}")
 
-    def scores_of(self, examples):
-        """What the head says of each row, (R, outputs)."""
-        idx, _, last = self.collate(examples)
-        return self.apply_head(self.gpt.hidden(idx)[torch.arange(len(idx)), last])
-
     def apply_head(self, x):
         """In float32: bfloat16 would round scores to steps of about 0.03."""
         with torch.autocast(x.device.type, enabled=False):
             return self.model["head"](x.float())
+
+    def scores_of(self, examples):
+        """What the head says of each row, (R, outputs)."""
+        idx, _, last = self.collate(examples)
+        return self.apply_head(self.gpt.hidden(idx)[torch.arange(len(idx)), last])
 
     def prepare(self):
         """Decides which weights are trained, how fast, in which batches, and for how many steps."""
@@ -262,18 +273,10 @@ class Task:
         config.eval_interval = config.eval_interval or per_epoch
         config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
         check_counts(config)
-        total = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        sizes = [(p.numel(), p.numel() * p.requires_grad) for p in self.model.parameters()]
+        total, trained = map(sum, zip(*sizes))
         print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
         print(f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}")
-
-    def batch(self, n):
-        numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
-        return [self.splits["train"][i] for i in numbers]
-
-    def count(self, example):
-        """The number of losses that terms() returns for this example."""
-        return 1
 
     def updates(self, state):
         yield self.losses(state)
@@ -281,8 +284,7 @@ class Task:
     def losses(self, state):
         """Yields a loss for each micro-batch; their sum is the mean over all losses of the step."""
         config, first = self.config, state["examples"] // self.config.batch_size
-        numbers = range(first, first + config.gradient_accumulation_steps)
-        batches = [self.batch(n) for n in numbers]
+        batches = [self.batch(first + i) for i in range(config.gradient_accumulation_steps)]
         total = sum(self.count(example) for batch in batches for example in batch)
         for batch in batches:
             with self.machine.autocast():
@@ -291,6 +293,10 @@ class Task:
             self.record(**terms)
             state["examples"] += config.batch_size
             state["tokens"] += sum(len(idx) for e in batch for idx, _ in e["rows"])
+
+    def count(self, example):
+        """The number of losses that terms() returns for this example."""
+        return 1
 
     def record(self, **values):
         for name, value in values.items():
@@ -302,6 +308,22 @@ class Task:
         means = {name: torch.stack(values).mean().item() for name, values in self.measured.items()}
         self.measured.clear()
         return means
+
+    def checkpoint(self):
+        return {"model": self.model.state_dict(), "examples": self.digest}
+
+    def best_checkpoint(self):
+        head = {"head": self.model["head"].state_dict()} if "head" in self.model else {}
+        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt), **head}
+        return {**best, "task": self.config.task, "template": self.template, "tokenizer": self.spec}
+
+    # evaluation
+
+    def load_best(self, best):
+        """Takes the weights of best.pt, into which LoRA is merged."""
+        self.model["gpt"] = self.gpt = GPT.from_checkpoint(best).to(self.machine.device)
+        if "head" in best:
+            self.model["head"].load_state_dict(best["head"])
 
     def in_batches(self, examples, function):
         """[what function returns for each batch], with dropout off and without gradients."""
@@ -321,32 +343,17 @@ class Task:
 
     def report(self, folder=None):
         """Prints what the model does on held-out examples; may write files into folder."""
-        for split in ("val", "test"):
-            if self.splits[split]:
-                print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
-
-    def checkpoint(self):
-        return {"model": self.model.state_dict(), "examples": self.digest}
-
-    def best_checkpoint(self):
-        head = {"head": self.model["head"].state_dict()} if "head" in self.model else {}
-        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt), **head}
-        return {**best, "task": self.config.task, "template": self.template, "tokenizer": self.spec}
-
-    def load_best(self, best):
-        """Takes the weights of best.pt, into which LoRA is merged."""
-        self.model["gpt"] = self.gpt = GPT.from_checkpoint(best).to(self.machine.device)
-        if "head" in best:
-            self.model["head"].load_state_dict(best["head"])
+        for split in filter(self.splits.get, ("val", "test")):
+            print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
 
     def prompt(self, messages):
         """Tokenizes a conversation; of a long one, only the end, to leave room for an answer."""
         limit = self.block_size - min(self.config.max_new_tokens, self.block_size // 2)
         return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
 
-    def answers(self, messages, temperature=1.0):
-        """The model's answers to these conversations, in tokens, up to and with the end token."""
-        prompts, answers, limit = list(map(self.prompt, messages)), {}, self.config.max_new_tokens
+    def answers(self, prompts, temperature=1.0):
+        """The model's answers to these prompts, in tokens, up to and with the end token."""
+        answers, limit = {}, self.config.max_new_tokens
         for length in sorted(set(map(len, prompts))):  # in one batch: no padding before answers
             numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             (idx,) = self.machine.put(torch.tensor([prompts[i] for i in numbers]))
@@ -364,11 +371,14 @@ class Task:
     def write_answers(self, name, folder=None):
         """Adds the most likely answers to up to 100 held-out prompts to the examples, under this
         name. With a folder, writes them to responses.jsonl."""
-        held_out = (self.splits["test"] or self.splits["val"]) if self.writes else []
-        examples = held_out[:: max(1, math.ceil(len(held_out) / 100))]
-        for example, answer in zip(examples, self.answers([e["messages"] for e in examples], 0)):
+        if self.has_head:
+            return
+        held_out = self.splits["test"] or self.splits["val"]
+        examples = held_out[:: math.ceil(len(held_out) / 100)]
+        answers = self.answers([self.prompt(e["messages"]) for e in examples], temperature=0)
+        for example, answer in zip(examples, answers):
             example[name] = self.text(answer)
-        if folder and examples:
+        if folder:
             lines = [{k: e[k] for k in e if k not in ("rows", "group", "text")} for e in examples]
             for line in lines[:5]:
                 print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
@@ -391,7 +401,7 @@ class Classify(Task):
     """Texts to labels: cross-entropy of the label, plus lm_weight times the next-token loss on the
     text, which helps when examples are few (Radford et al. 2018, equation 5)."""
 
-    defaults: ClassVar = Task.defaults | {"epochs": 5}
+    defaults = DEFAULTS | {"epochs": 5}
     has_head = True
     curves = ("label_loss", "val_loss")
 
@@ -410,8 +420,9 @@ class Classify(Task):
         if len(self.labels) < 2:
             raise ValueError(f"at least two labels are needed; found {self.labels}")
 
-    def default_rows(self):
-        return manual_texts()
+    def read(self, path):
+        columns = (self.config.label_field, self.config.text_field)
+        return read_rows(path, columns) if path else manual_texts()
 
     def encode(self, row):
         text, label = text_of(row, self.config.text_field), text_of(row, self.config.label_field)
@@ -475,8 +486,7 @@ class Classify(Task):
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the tokens of the answers alone."""
 
-    defaults: ClassVar = Task.defaults | {"learning_rate": 5e-4, "epochs": 2}
-    writes = True
+    defaults = DEFAULTS | {"learning_rate": 5e-4, "epochs": 2}
 
     def count(self, example):
         return sum(target != -100 for target in example["rows"][0][1])
@@ -511,15 +521,14 @@ class Choice(Task):
     def terms(self, examples):
         """Is the right ending the one with the highest log-probability, summed or per byte? (Much
         like acc and acc_norm of the Language Model Evaluation Harness.)"""
-        found = {"loss": [], "accuracy": [], "accuracy_per_byte": []}
-        for example in examples:
-            idx, targets, _ = self.collate([example])
-            sums = token_log_probs(self.gpt, idx, targets)[0].sum(1).cpu()
-            per_byte = sums / torch.tensor(example["lengths"])
-            found["loss"].append(-sums.log_softmax(0)[example["label"]])
-            found["accuracy"].append(sums.argmax() == example["label"])
-            found["accuracy_per_byte"].append(per_byte.argmax() == example["label"])
-        return {name: torch.stack(values).float() for name, values in found.items()}
+        idx, targets, _ = self.collate(examples)
+        sums = token_log_probs(self.gpt, idx, targets)[0].sum(1).cpu()
+        found = []
+        for e, log_probs in zip(examples, sums.split([len(e["rows"]) for e in examples])):
+            label, per_byte = e["label"], log_probs / torch.tensor(e["lengths"])
+            right = [scores.argmax() == label for scores in (log_probs, per_byte)]
+            found.append([-log_probs.log_softmax(0)[label], *right])
+        return dict(zip(("loss", "accuracy", "accuracy_per_byte"), torch.tensor(found).T))
 
 
 # --- learning from preferences --------------------------------------------------------------------
@@ -536,8 +545,7 @@ class DPO(Task):
     """Makes the chosen answers more likely than the rejected, but stays close to the reference."""
 
     columns = ("chosen", "rejected")
-    defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4}
-    writes = True
+    defaults = DEFAULTS | {"learning_rate": 1e-4}
 
     def set_up(self):
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
@@ -635,10 +643,9 @@ class Policy(Task):
     extra_loss(targets, log_probs, x)              -> name, value and weight of a second loss
     """
 
-    defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4, "max_new_tokens": 48}
+    defaults = DEFAULTS | {"learning_rate": 1e-4, "max_new_tokens": 48}
     defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "group_size": 8}
     curves = ("score", "val_score")
-    writes = True
 
     def set_up(self):
         path = self.config.reward_model  # predict: it needs the head but no examples
@@ -655,11 +662,12 @@ class Policy(Task):
     def respond(self, examples):
         """Samples an answer to each from the policy as it is, without top_k or top_p -> idx,
         targets (B, T), scores (B,), and whether the answers end, (B,)."""
-        messages = [example["messages"] for example in examples]
-        answers = self.answers(messages)
+        prompts = [e["rows"][0][0] for e in examples]
+        answers = self.answers(prompts)
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
-        scores = self.score(list(zip(messages, map(self.text, answers)))) + UNFINISHED * ~ended
-        parts = [[(e["rows"][0][0], False), (a, True)] for e, a in zip(examples, answers)]
+        texts = [(e["messages"], self.text(answer)) for e, answer in zip(examples, answers)]
+        scores = self.score(texts) + UNFINISHED * ~ended
+        parts = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
         return idx, targets, *self.machine.put(scores, ended)
 
@@ -675,8 +683,7 @@ class Policy(Task):
         return log_probs, reference, x
 
     def updates(self, state):
-        batch = self.batch(state["step"])
-        examples = [example for example in batch for _ in range(self.config.group_size)]
+        examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
         idx, targets, scores, ended = self.respond(examples)  # train() has seeded this step
         mask = targets != -100
         log_probs, reference, x = self.compare(idx, targets)
@@ -712,7 +719,7 @@ class PPO(Policy):
     """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic predicts
     the expected score at each token, so credit is assigned per token."""
 
-    defaults: ClassVar = Policy.defaults | {"batch_size": 32, "group_size": 1}
+    defaults = Policy.defaults | {"batch_size": 32, "group_size": 1}
 
     def set_up(self):
         super().set_up()
@@ -781,9 +788,11 @@ def manual_answers():
 
 
 def split_of(group, config):
-    """The split of a row without a file of its own: a hash of its "group" or its prompt decides, so
-    duplicates land in the same split. By the same rule, prepare_data.py holds out the modules of
-    the default examples."""
+    """The split of a row of --data: a hash of its "group" or its prompt decides, so duplicates land
+    in the same split. By the same rule, prepare_data.py holds out the modules of the default
+    examples."""
+    if config.eval_only and config.data:
+        return "test"
     place = position(group)
     if place < 0.1 and not config.val:
         return "val"
@@ -793,7 +802,7 @@ def split_of(group, config):
 def read_rows(path, columns=()):
     """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}.
 
-    A .tsv file of two columns with neither of these names in its first line has no header.
+    A .tsv file with as many columns, but none of these names in its first line, has no header.
     """
     path = pathlib.Path(path)
     kind = path.suffix.lower()
@@ -807,15 +816,17 @@ def read_rows(path, columns=()):
         delimiter = "\t" if kind == ".tsv" else "," if "," in text.partition("\n")[0] else ";"
         quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
         lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
-        rows = [(f"{path}, line {lines.line_num}", row) for row in lines if row]
+        rows = [(f"{path}, line {lines.line_num}", values) for values in lines if values]
     names = [name.strip().lower() for name in rows[0][1]] if rows else []
-    is_known = not {column.lower() for column in columns}.isdisjoint(names)
-    has_header = kind == ".csv" or len(names) != len(columns) or is_known
-    names = names if has_header else columns
-    for where, row in rows[has_header:]:
-        if len(row) != len(names):
-            raise ValueError(f"{where}: {len(row)} values, but {len(names)} columns")
-        yield where, dict(zip(names, row))
+    is_headerless = kind == ".tsv" and len(names) == len(columns)
+    if is_headerless and {column.lower() for column in columns}.isdisjoint(names):
+        names = columns
+    else:
+        rows = rows[1:]
+    for where, values in rows:
+        if len(values) != len(names):
+            raise ValueError(f"{where}: {len(values)} values, but {len(names)} columns")
+        yield where, dict(zip(names, values))
 
 
 def text_of(row, *names):
@@ -851,15 +862,13 @@ def conversation_of(row, *answers):
         messages = [{"role": "user", "content": text}]
     if not {message["role"] for message in messages} <= {"system", "user", "assistant"}:
         raise ValueError("roles are system, user and assistant")
-    prompt = "\n".join(clean(message["content"]) for message in messages)
-    if not prompt.strip():
+    example = {"messages": messages, "text": "\n".join(clean(m["content"]) for m in messages)}
+    if not example["text"].strip():
         raise ValueError("there is no prompt")
-    example = {"messages": messages, "text": prompt}
     for name in answers:
         value = row.get(name, row.get("messages"))
-        if isinstance(value, list):
-            said = [m["content"] for m in value if m["role"] == "assistant"]
-            value = said[-1] if said else None
+        if isinstance(value, list):  # of which the answer is the assistant's last message
+            value = next((m["content"] for m in value[::-1] if m["role"] == "assistant"), None)
         example[name] = text_of({name: value} if value else row, name)
     return example
 
@@ -898,39 +907,36 @@ TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO, "grpo": GRPO}
 
 def settle(config):
     """Fills in the task's defaults and rejects incompatible options."""
-    task = TASKS.get(config.task)
-    if task is None:
-        raise ValueError(f"--task={config.task}: choose from {', '.join(TASKS)}")
+    task = TASKS.get(config.task, Task)
     weights = ("all", "last_block", "lora") + ("head",) * task.has_head
-    for flag, choices in {"train": weights, "template": ("", "roles", "alpaca")}.items():
-        if getattr(config, flag) not in choices:
-            raise ValueError(f"--{flag}={getattr(config, flag)}: choose from {', '.join(choices)}")
+    known = {"task": TASKS, "train": weights, "template": ("", "roles", "alpaca")}
+    for flag, choices in known.items():
+        if (value := getattr(config, flag)) not in choices:
+            raise ValueError(f"--{flag}={value}: choose from {', '.join(choices)}")
     if config.predict and not task.has_head:
         raise ValueError("--predict is for --task=classify and --task=reward")
-    if config.task == "choice" and not config.data:
+    if task is Choice and not config.data:
         raise ValueError("--task=choice needs questions: --data=FILE")
     config.eval_only |= task is Choice
-    config.out_dir = config.out_dir or f"out/{config.task}"
     for name, value in task.defaults.items():  # the learning rate depends on the model's width
         if name != "learning_rate" and not getattr(config, name):
             setattr(config, name, value)
-    if task is GRPO and config.group_size < 2:
+    if task is GRPO and config.group_size < 2:  # nothing to compare
         raise ValueError(f"--group_size={config.group_size}: must be 2 or more")
-    out_dir = pathlib.Path(config.out_dir).resolve()
-    for path in [config.init_from] + [config.reward_model] * issubclass(task, Policy):
-        trains = not (config.predict or config.eval_only)
-        if trains and out_dir in (model := pathlib.Path(path).resolve(), model.parent):
-            raise ValueError(
-                f"--out_dir={config.out_dir} would overwrite {path}, which this run reads"
-            )
+    if config.predict or config.eval_only:  # writes nothing
+        return
+    for name in [config.init_from] + [config.reward_model] * issubclass(task, Policy):
+        model, out_dir = (pathlib.Path(path).resolve() for path in (name, config.out_dir))
+        if out_dir in (model, model.parent):
+            hint = f"would overwrite {name}, which this run reads"
+            raise ValueError(f"--out_dir={config.out_dir} {hint}")
 
 
 def main(argv=None):
     flags = vars(prepare_data.flag_parser(FinetuneConfig, __doc__).parse_args(argv))
     config, saved = FinetuneConfig(**flags), None
     if config.init_from == "resume":
-        out_dir = config.out_dir or f"out/{config.task}"
-        config, saved = load_run(FinetuneConfig, {**flags, "out_dir": out_dir})
+        config, saved = load_run(FinetuneConfig, {**flags, "out_dir": config.out_dir})
     settle(config)
     machine = Machine(config)
     if machine.world_size > 1:
