@@ -84,11 +84,9 @@ class FinetuneConfig(RunConfig):
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + (alpha / rank) B A x, where W is frozen and only the small A and B are trained.
-
-    Hu et al. 2021, "LoRA", section 4.1; A starts as in the authors' code and B as 0, so nothing
-    changes at first. Replaces a linear layer, whose weight and bias it shares.
-    """
+    """y = W x + (alpha / rank) B A x, where W is frozen and only the small A and B are trained (Hu
+    et al. 2021, section 4.1). B starts as 0, so nothing changes at first. Replaces a linear layer,
+    whose weight and bias it shares."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -138,6 +136,7 @@ class Task:
 
     defaults = DEFAULTS
     columns = ("output",)  # of a row, which hold its answers
+    labels = None
     has_head = False  # that scores or classifies, where other tasks write answers
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
 
@@ -162,8 +161,6 @@ class Task:
 
     def set_up(self):
         """Override to add anything beyond the model and the examples."""
-
-    # from files to batches
 
     def read(self, path):
         """Yields (where, row) of a file, or without one, of the default examples."""
@@ -226,18 +223,16 @@ class Task:
         numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
         return [self.splits["train"][i] for i in numbers]
 
-    # training
-
-    def add_head(self, outputs, std, labels=None):
+    def add_head(self, outputs, std):
         """A linear layer that reads the last token of a text, whose state has seen the whole text.
         The head of a checkpoint of the same task, with the same labels, is reused."""
-        config = self.config
+        config, start = self.config, self.start
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
-        if (self.start.get("task"), self.start.get("labels")) == (config.task, labels):
+        if (start.get("task"), start.get("labels")) == (config.task, self.labels):
             with damaged(config.init_from):
-                head.load_state_dict(self.start["head"])
+                head.load_state_dict(start["head"])
         elif self.has_head and (config.predict or config.eval_only):  # not PPO's critic
             hint = f"--task={config.task} trains one"
             raise ValueError(f"{config.init_from}: no head for this task; {hint}")
@@ -263,7 +258,6 @@ class Task:
             add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
         if self.block_size > self.start["config"]["block_size"]:
             gpt.transformer.wpe.requires_grad_(True)
-        self.model.train()
         # found by trial: for instructions, 5e-4 at width 128, 3e-5 at GPT-2's 768; LoRA needs more
         rate = self.defaults["learning_rate"] * (3 if config.train == "lora" else 1)
         config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
@@ -284,6 +278,7 @@ class Task:
     def losses(self, state):
         """Yields a loss for each micro-batch; their sum is the mean over all losses of the step."""
         config, first = self.config, state["examples"] // self.config.batch_size
+        self.model.train()  # evaluation has turned dropout off
         batches = [self.batch(first + i) for i in range(config.gradient_accumulation_steps)]
         total = sum(self.count(example) for batch in batches for example in batch)
         for batch in batches:
@@ -313,11 +308,11 @@ class Task:
         return {"model": self.model.state_dict(), "examples": self.digest}
 
     def best_checkpoint(self):
-        head = {"head": self.model["head"].state_dict()} if "head" in self.model else {}
-        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt), **head}
-        return {**best, "task": self.config.task, "template": self.template, "tokenizer": self.spec}
-
-    # evaluation
+        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
+        best |= {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
+        if "head" in self.model:
+            best |= {"head": self.model["head"].state_dict(), "labels": self.labels}
+        return best
 
     def load_best(self, best):
         """Takes the weights of best.pt, into which LoRA is merged."""
@@ -330,9 +325,7 @@ class Task:
         self.model.eval()
         size = 2 * self.config.batch_size
         with torch.no_grad(), self.machine.autocast():
-            found = [function(examples[i : i + size]) for i in range(0, len(examples), size)]
-        self.model.train()
-        return found
+            return [function(examples[i : i + size]) for i in range(0, len(examples), size)]
 
     def measure(self, split):
         parts = self.in_batches(self.splits[split], self.terms)
@@ -361,7 +354,6 @@ class Task:
             for i, tokens in zip(numbers, torch.stack(list(steps), dim=1).tolist()):
                 stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
                 answers[i] = tokens[:stop]
-        self.model.train()
         return [answers[i] for i in range(len(prompts))]
 
     def text(self, answer):
@@ -413,7 +405,7 @@ class Classify(Task):
             train.sort(key=lambda example: position(example["text"]))
             by_label = [[e for e in train if e["label"] == label] for label in labels]
             self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
-        self.add_head(len(self.labels), 0.02, self.labels)
+        self.add_head(len(self.labels), std=0.02)
         for example in (e for examples in self.splits.values() for e in examples):
             if example["label"] not in self.labels:
                 raise ValueError(f"no training example has the label {example['label']!r}")
@@ -475,9 +467,6 @@ class Classify(Task):
         (scores,) = self.in_batches([example], self.scores_of)
         probability, i = scores[0].softmax(0).max(0)
         print(f"{self.labels[i]}  {probability:.4f}")
-
-    def best_checkpoint(self):
-        return {**super().best_checkpoint(), "labels": self.labels}
 
 
 # --- instructions ---------------------------------------------------------------------------------
@@ -671,16 +660,13 @@ class Policy(Task):
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
         return idx, targets, *self.machine.put(scores, ended)
 
-    @torch.no_grad()
     def compare(self, idx, targets):
         """-> log π and log ρ of the targets, (B, T), for the policy π and the reference ρ, and the
         states of π, (B, T, C). An answer's sum of log π − log ρ estimates the KL."""
         self.model.eval()
-        with self.machine.autocast():
+        with torch.no_grad(), self.machine.autocast():
             log_probs, x = token_log_probs(self.gpt, idx, targets)
-            reference, _ = token_log_probs(self.reference, idx, targets)
-        self.model.train()
-        return log_probs, reference, x
+            return log_probs, token_log_probs(self.reference, idx, targets)[0], x
 
     def updates(self, state):
         examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
@@ -689,6 +675,7 @@ class Policy(Task):
         log_probs, reference, x = self.compare(idx, targets)
         judged = self.judge(scores, mask, log_probs, reference, x)
         tensors = (idx, targets, log_probs, *judged)
+        self.model.train()
         for _ in range(PASSES):
             for part in torch.randperm(len(idx)).tensor_split(min(PARTS, len(idx))):
                 with self.machine.autocast():
@@ -764,12 +751,12 @@ class GRPO(Policy):
 def manual_texts():
     """Yields (where, row): docstrings of Python's library, labeled with the package that they are
     from, for the eight packages with the most docstrings, up to 300 of each."""
-    entries = [entry for entry in library_docstrings() if "." in entry[0]]
-    entries.sort(key=lambda entry: position(entry[1]))
-    counts = collections.Counter(module.split(".")[0] for module, _, _ in entries)
-    for label, _ in counts.most_common(8):
-        texts = [(m, text) for m, _, text in entries if m.split(".")[0] == label and clean(text)]
-        for module, text in texts[:300]:
+    found = collections.defaultdict(list)  # package -> [(module, docstring)]
+    for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[1])):
+        if "." in module and clean(text):
+            found[module.split(".")[0]].append((module, text))
+    for label in sorted(found, key=lambda label: len(found[label]), reverse=True)[:8]:
+        for module, text in found[label][:300]:
             yield module, {"text": text, "label": label, "group": module}
 
 
