@@ -76,9 +76,6 @@ class FinetuneConfig(RunConfig):
     reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
     group_size: int = 0  # for ppo and grpo: answers to a prompt (0: 1 for ppo, 8 for grpo)
 
-    def __post_init__(self):
-        self.out_dir = self.out_dir or f"out/{self.task}"
-
 
 # --- LoRA -----------------------------------------------------------------------------------------
 
@@ -386,7 +383,7 @@ def token_log_probs(gpt, idx, targets):
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs), x
 
 
-# --- classification -------------------------------------------------------------------------------
+# --- learning from examples -----------------------------------------------------------------------
 
 
 class Classify(Task):
@@ -469,9 +466,6 @@ class Classify(Task):
         print(f"{self.labels[i]}  {probability:.4f}")
 
 
-# --- instructions ---------------------------------------------------------------------------------
-
-
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the tokens of the answers alone."""
 
@@ -488,9 +482,6 @@ class Instruct(Task):
     def evaluate(self):
         metrics = super().evaluate()
         return {**metrics, "val_perplexity": perplexity(metrics["val_loss"])}
-
-
-# --- multiple choice ------------------------------------------------------------------------------
 
 
 class Choice(Task):
@@ -581,11 +572,10 @@ class Reward(Task):
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation given as a line of JSON."""
-        messages, answer = [], text
+        example = {"messages": [], "output": text}
         if text.startswith("{"):
             example = conversation_of(json.loads(text), "output")
-            messages, answer = example["messages"], example["output"]
-        print(f"{self.score([(messages, answer)]).item():+.4f}")
+        print(f"{self.score([(example['messages'], example['output'])]).item():+.4f}")
 
 
 # --- reinforcement learning -----------------------------------------------------------------------
@@ -649,8 +639,9 @@ class Policy(Task):
         return {**example, "rows": [(self.prompt(example["messages"]), [])]}
 
     def respond(self, examples):
-        """Samples an answer to each from the policy as it is, without top_k or top_p -> idx,
-        targets (B, T), scores (B,), and whether the answers end, (B,)."""
+        """Samples an answer to each from the policy π as it is, without top_k or top_p -> idx,
+        targets (B, T); scores, and whether the answers end, (B,); log π and log ρ of the targets,
+        (B, T), where ρ is the reference; and the states of π, (B, T, C)."""
         prompts = [e["rows"][0][0] for e in examples]
         answers = self.answers(prompts)
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
@@ -658,21 +649,16 @@ class Policy(Task):
         scores = self.score(texts) + UNFINISHED * ~ended
         parts = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
-        return idx, targets, *self.machine.put(scores, ended)
-
-    def compare(self, idx, targets):
-        """-> log π and log ρ of the targets, (B, T), for the policy π and the reference ρ, and the
-        states of π, (B, T, C). An answer's sum of log π − log ρ estimates the KL."""
-        self.model.eval()
-        with torch.no_grad(), self.machine.autocast():
+        with torch.no_grad(), self.machine.autocast():  # dropout is off since answers()
             log_probs, x = token_log_probs(self.gpt, idx, targets)
-            return log_probs, token_log_probs(self.reference, idx, targets)[0], x
+            reference, _ = token_log_probs(self.reference, idx, targets)
+        return idx, targets, *self.machine.put(scores, ended), log_probs, reference, x
 
     def updates(self, state):
         examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
-        idx, targets, scores, ended = self.respond(examples)  # train() has seeded this step
+        # train() has seeded this step
+        idx, targets, scores, ended, log_probs, reference, x = self.respond(examples)
         mask = targets != -100
-        log_probs, reference, x = self.compare(idx, targets)
         judged = self.judge(scores, mask, log_probs, reference, x)
         tensors = (idx, targets, log_probs, *judged)
         self.model.train()
@@ -680,7 +666,7 @@ class Policy(Task):
             for part in torch.randperm(len(idx)).tensor_split(min(PARTS, len(idx))):
                 with self.machine.autocast():
                     yield [self.loss(*(tensor[part] for tensor in tensors))]
-        kl = (log_probs - reference).sum(1)
+        kl = (log_probs - reference).sum(1)  # an estimate
         self.record(score=scores, kl=kl, length=mask.sum(1), ended=ended)
         state["examples"] += len(examples)
         state["tokens"] += int(mask.sum())
@@ -696,8 +682,7 @@ class Policy(Task):
     def measure(self, split):
         """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
         torch.manual_seed(0)
-        idx, targets, scores, _ = self.respond(self.splits[split][:100])
-        log_probs, reference, _ = self.compare(idx, targets)
+        _, _, scores, _, log_probs, reference, _ = self.respond(self.splits[split][:100])
         score, kl = scores.mean().item(), (log_probs - reference).sum(1).mean().item()
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
@@ -905,6 +890,7 @@ def settle(config):
     if task is Choice and not config.data:
         raise ValueError("--task=choice needs questions: --data=FILE")
     config.eval_only |= task is Choice
+    config.out_dir = config.out_dir or f"out/{config.task}"
     for name, value in task.defaults.items():  # the learning rate depends on the model's width
         if name != "learning_rate" and not getattr(config, name):
             setattr(config, name, value)
@@ -923,7 +909,8 @@ def main(argv=None):
     flags = vars(prepare_data.flag_parser(FinetuneConfig, __doc__).parse_args(argv))
     config, saved = FinetuneConfig(**flags), None
     if config.init_from == "resume":
-        config, saved = load_run(FinetuneConfig, {**flags, "out_dir": config.out_dir})
+        out_dir = config.out_dir or f"out/{config.task}"
+        config, saved = load_run(FinetuneConfig, {**flags, "out_dir": out_dir})
     settle(config)
     machine = Machine(config)
     if machine.world_size > 1:
