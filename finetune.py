@@ -297,9 +297,8 @@ class Task:
     @property
     def stats(self):
         """The means of what was recorded since this was last asked for."""
-        means = {name: torch.stack(values).mean().item() for name, values in self.measured.items()}
-        self.measured.clear()
-        return means
+        measured, self.measured = self.measured, collections.defaultdict(list)
+        return {name: torch.stack(values).mean().item() for name, values in measured.items()}
 
     def checkpoint(self):
         return {"model": self.model.state_dict(), "examples": self.digest}
@@ -343,14 +342,14 @@ class Task:
 
     def answers(self, prompts, temperature=1.0):
         """The model's answers to these prompts, in tokens, up to and with the end token."""
-        answers, limit = {}, self.config.max_new_tokens
+        answers = {}
         for length in sorted(set(map(len, prompts))):  # in one batch: no padding before answers
-            numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            (idx,) = self.machine.put(torch.tensor([prompts[i] for i in numbers]))
-            steps = self.gpt.eval().generate(idx, limit, temperature, stop_token=self.end)
-            for i, tokens in zip(numbers, torch.stack(list(steps), dim=1).tolist()):
-                stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
-                answers[i] = tokens[:stop]
+            some = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) == length}
+            (idx,) = self.machine.put(torch.tensor([*some.values()]))
+            limits = (self.config.max_new_tokens, temperature)
+            steps = self.gpt.eval().generate(idx, *limits, stop_token=self.end)
+            for i, tokens in zip(some, torch.stack([*steps], dim=1).tolist()):
+                answers[i] = tokens[: [*tokens, self.end].index(self.end) + 1]
         return [answers[i] for i in range(len(prompts))]
 
     def text(self, answer):
@@ -590,22 +589,6 @@ PASSES, PARTS = 4, 4  # passes over a step's answers; updates in each pass
 UNFINISHED = -1.0  # added to the score of an answer that does not end
 
 
-def advantages_of(rewards, values, mask):
-    """Generalized advantage estimation: Schulman et al. 2016, equation 16. All (B, T), where mask
-    marks the answer: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, V = 0 after it."""
-    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # V_{t+1}
-    advantages = F.pad((rewards + GAMMA * next_values - values) * mask, (0, 1))  # at first, δ
-    for t in reversed(range(rewards.size(1))):
-        advantages[:, t] += GAMMA * LAMBDA * advantages[:, t + 1] * mask[:, t]
-    return advantages[:, :-1]
-
-
-def whiten(values, mask):
-    """Mean 0 and variance 1 over the places of mask; 0 elsewhere."""
-    chosen = values[mask]
-    return torch.where(mask, (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0)
-
-
 def clipped_loss(log_probs, old_log_probs, advantages):
     """The clipped objective, negated: Schulman et al. 2017, equation 7; and the clipped share."""
     ratio = (log_probs - old_log_probs).exp()
@@ -614,13 +597,11 @@ def clipped_loss(log_probs, old_log_probs, advantages):
     return losses.mean(), (ratio != clipped).float().mean()
 
 
-class Policy(Task):
-    """Makes answers that a reward model scores higher more likely, close to the reference, which is
-    the model at the start. A step samples answers to prompts, then makes some passes over them.
-
-    judge(scores, mask, log_probs, reference, x)   -> advantages, targets for extra_loss(): (B, T)
-    extra_loss(targets, log_probs, x)              -> name, value and weight of a second loss
-    """
+class GRPO(Task):
+    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): makes answers that a
+    reward model scores higher more likely, but stays close to the reference, the model at the start.
+    Several answers to the same prompt are sampled and compared: A_i = (s_i − mean s) / std s. This
+    suits cheap sampling; PPO, whose critic learns from every answer, long or expensive answers."""
 
     defaults = DEFAULTS | {"learning_rate": 1e-4, "max_new_tokens": 48}
     defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "group_size": 8}
@@ -686,12 +667,41 @@ class Policy(Task):
         score, kl = scores.mean().item(), (log_probs - reference).sum(1).mean().item()
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
+    def judge(self, scores, mask, log_probs, reference, x):
+        """-> advantages, the same for all tokens of an answer, and the targets of extra_loss(),
+        here log ρ, (B, T)."""
+        groups = scores.view(-1, self.config.group_size)
+        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        return advantages.view(-1, 1) * mask, reference
 
-class PPO(Policy):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic predicts
-    the expected score at each token, so credit is assigned per token."""
+    def extra_loss(self, reference, log_probs, x):
+        """-> name, value and weight of a second loss: here the KL from the reference, as an estimate
+        that is never negative (equation 4)."""
+        log_ratio = reference - log_probs  # log ρ/π
+        return "kl_loss", (log_ratio.exp() - log_ratio - 1).mean(), self.config.beta
 
-    defaults = Policy.defaults | {"batch_size": 32, "group_size": 1}
+
+def advantages_of(rewards, values, mask):
+    """Generalized advantage estimation: Schulman et al. 2016, equation 16. All (B, T), where mask
+    marks the answer: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, V = 0 after it."""
+    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # V_{t+1}
+    advantages = F.pad((rewards + GAMMA * next_values - values) * mask, (0, 1))  # at first, δ
+    for t in reversed(range(rewards.size(1))):
+        advantages[:, t] += GAMMA * LAMBDA * advantages[:, t + 1] * mask[:, t]
+    return advantages[:, :-1]
+
+
+def whiten(values, mask):
+    """Mean 0 and variance 1 over the places of mask; 0 elsewhere."""
+    chosen = values[mask]
+    return torch.where(mask, (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0)
+
+
+class PPO(GRPO):
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): the same, but a critic
+    predicts the expected score at each token, so credit is assigned per token."""
+
+    defaults = GRPO.defaults | {"batch_size": 32, "group_size": 1}
 
     def set_up(self):
         super().set_up()
@@ -711,23 +721,6 @@ class PPO(Policy):
     def extra_loss(self, returns, log_probs, x):
         """Half the squared error of the critic (Schulman et al. 2017, equation 9)."""
         return "value_loss", (self.apply_head(x)[:, 0] - returns).square().mean() / 2, VALUE_WEIGHT
-
-
-class GRPO(Policy):
-    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"). Several answers to the
-    same prompt are compared: A_i = (s_i − mean s) / std s. This suits cheap sampling; PPO, whose
-    critic learns from every answer, suits long or expensive answers."""
-
-    def judge(self, scores, mask, log_probs, reference, x):
-        """-> advantages, the same for all tokens of an answer, and log ρ, (B, T)."""
-        groups = scores.view(-1, self.config.group_size)
-        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-        return advantages.view(-1, 1) * mask, reference
-
-    def extra_loss(self, reference, log_probs, x):
-        """The KL from the reference, as an estimate that is never negative (equation 4)."""
-        log_ratio = reference - log_probs  # log ρ/π
-        return "kl_loss", (log_ratio.exp() - log_ratio - 1).mean(), self.config.beta
 
 
 # --- files, examples, batches ---------------------------------------------------------------------
@@ -898,7 +891,7 @@ def settle(config):
         raise ValueError(f"--group_size={config.group_size}: must be 2 or more")
     if config.predict or config.eval_only:  # writes nothing
         return
-    for name in [config.init_from] + [config.reward_model] * issubclass(task, Policy):
+    for name in [config.init_from] + [config.reward_model] * issubclass(task, GRPO):
         model, out_dir = (pathlib.Path(path).resolve() for path in (name, config.out_dir))
         if out_dir in (model, model.parent):
             hint = f"would overwrite {name}, which this run reads"

@@ -1915,7 +1915,7 @@ def toy_reward(monkeypatch):
         task.score = score
         task.reference = finetune.copy.deepcopy(task.gpt).requires_grad_(False)
 
-    monkeypatch.setattr(finetune.Policy, "set_up", set_up)
+    monkeypatch.setattr(finetune.GRPO, "set_up", set_up)
 
 
 def policy(base, monkeypatch, name, **settings):
