@@ -424,11 +424,10 @@ class Classify(Task):
         labels = torch.tensor([self.labels.index(e["label"]) for e in examples], device=idx.device)
         x = self.gpt.hidden(idx)
         scores = self.apply_head(x[torch.arange(len(x)), last])
-        label_loss = F.cross_entropy(scores, labels, reduction="none")
+        loss = label_loss = F.cross_entropy(scores, labels, reduction="none")
         accuracy = (scores.argmax(-1) == labels).float()
         if not self.model.training:
-            return {"loss": label_loss, "accuracy": accuracy}
-        loss = label_loss
+            return {"loss": loss, "accuracy": accuracy}
         if config.lm_weight and config.train != "head":
             losses = next_token_losses(self.gpt.lm_head, x.flatten(0, 1), targets.flatten())
             counts = (targets != -100).sum(1).clamp(min=1)
@@ -599,8 +598,8 @@ def clipped_loss(log_probs, old_log_probs, advantages):
 
 class GRPO(Task):
     """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): makes answers that a
-    reward model scores higher more likely, but stays close to the reference, the model at the start.
-    Several answers to the same prompt are sampled and compared: A_i = (s_i − mean s) / std s. This
+    reward model scores higher more likely, but stays close to the reference, the model at the
+    start. Several answers to a prompt are sampled and compared: A_i = (s_i − mean s) / std s. This
     suits cheap sampling; PPO, whose critic learns from every answer, long or expensive answers."""
 
     defaults = DEFAULTS | {"learning_rate": 1e-4, "max_new_tokens": 48}
@@ -636,8 +635,8 @@ class GRPO(Task):
         return idx, targets, *self.machine.put(scores, ended), log_probs, reference, x
 
     def updates(self, state):
-        examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
         # train() has seeded this step
+        examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
         idx, targets, scores, ended, log_probs, reference, x = self.respond(examples)
         mask = targets != -100
         judged = self.judge(scores, mask, log_probs, reference, x)
@@ -647,7 +646,7 @@ class GRPO(Task):
             for part in torch.randperm(len(idx)).tensor_split(min(PARTS, len(idx))):
                 with self.machine.autocast():
                     yield [self.loss(*(tensor[part] for tensor in tensors))]
-        kl = (log_probs - reference).sum(1)  # an estimate
+        kl = (log_probs - reference).sum(1)  # an estimate; its mean over samples is the KL
         self.record(score=scores, kl=kl, length=mask.sum(1), ended=ended)
         state["examples"] += len(examples)
         state["tokens"] += int(mask.sum())
@@ -675,8 +674,8 @@ class GRPO(Task):
         return advantages.view(-1, 1) * mask, reference
 
     def extra_loss(self, reference, log_probs, x):
-        """-> name, value and weight of a second loss: here the KL from the reference, as an estimate
-        that is never negative (equation 4)."""
+        """-> name, value and weight of a second loss: here the KL from the reference, in an
+        estimate that is never negative (equation 4)."""
         log_ratio = reference - log_probs  # log ρ/π
         return "kl_loss", (log_ratio.exp() - log_ratio - 1).mean(), self.config.beta
 
@@ -698,8 +697,8 @@ def whiten(values, mask):
 
 
 class PPO(GRPO):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): the same, but a critic
-    predicts the expected score at each token, so credit is assigned per token."""
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): like GRPO, but credit
+    is assigned per token: a critic predicts the expected score at each."""
 
     defaults = GRPO.defaults | {"batch_size": 32, "group_size": 1}
 
@@ -753,9 +752,8 @@ def manual_answers():
 
 
 def split_of(group, config):
-    """The split of a row of --data: a hash of its "group" or its prompt decides, so duplicates land
-    in the same split. By the same rule, prepare_data.py holds out the modules of the default
-    examples."""
+    """The split of a row of data: a hash of its group decides, so duplicates share one. By the same
+    rule, prepare_data.py holds out the modules of the default examples."""
     if config.eval_only and config.data:
         return "test"
     place = position(group)
@@ -765,10 +763,8 @@ def split_of(group, config):
 
 
 def read_rows(path, columns=()):
-    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}.
-
-    A .tsv file with as many columns, but none of these names in its first line, has no header.
-    """
+    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}. A .tsv
+    file with as many columns as these, but none of their names in its first line, has no header."""
     path = pathlib.Path(path)
     kind = path.suffix.lower()
     if kind in (".jsonl", ".json"):
@@ -840,11 +836,8 @@ def conversation_of(row, *answers):
 
 def to_row(parts, block_size):
     """[(tokens, is_learned), ...] -> idx, targets: lists of one length, at most block_size. A
-    target is the token after its idx, or -100 if that one is not learned.
-
-    A conversation that is too long is cut at its start, down to its last part; if that part alone
-    is too long, at its end, too.
-    """
+    target is the token after its idx, or -100 if that one is not learned. What is too long is cut
+    at its start, down to the last part; if that part alone is too long, at its end, too."""
     tokens = [token for part, _ in parts for token in part]
     learned = [token if is_learned else -100 for part, is_learned in parts for token in part]
     # the state that predicts the last part's first token is the one before it
