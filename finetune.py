@@ -180,7 +180,7 @@ class Task:
         held_out = set()  # groups and texts
         for split, path in {"test": config.test, "val": config.val, "train": ""}.items():
             new = [e for e in splits[split] if held_out.isdisjoint((e["group"], e["text"]))]
-            splits[split] = new + list(self.encoded(path) if path else ())
+            splits[split] = list(self.encoded(path)) if path and not config.eval_only else new
             held_out |= {e[key] for e in splits[split] for key in ("group", "text")}
         counts = {split: len(examples) for split, examples in splits.items()}
         print(f"examples: {counts}; {self.too_long} were truncated to the context")
@@ -697,8 +697,8 @@ def whiten(values, mask):
 
 
 class PPO(GRPO):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): like GRPO, but credit
-    is assigned per token: a critic predicts the expected score at each."""
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): like GRPO, but a
+    critic predicts the expected score at each token, so credit is assigned per token."""
 
     defaults = GRPO.defaults | {"batch_size": 32, "group_size": 1}
 
