@@ -25,12 +25,12 @@ import math
 import pathlib
 import re
 from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
 from gpt import GPT, load_checkpoint, next_token_losses
@@ -81,11 +81,9 @@ class FinetuneConfig(RunConfig):
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + (alpha / rank) B A x, where W is frozen and only the small A and B are trained.
-
-    Hu et al. 2021, "LoRA", section 4.1; A starts as in the authors' code and B as 0, so nothing
-    changes at first. Replaces a linear layer, whose weight and bias it shares.
-    """
+    """y = W x + (alpha / rank) B A x, where W is frozen and only the small A and B are trained (Hu
+    et al. 2021, section 4.1). B starts as 0, so nothing changes at first. Replaces a linear layer,
+    whose weight and bias it shares."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -119,22 +117,24 @@ def merged_weights(gpt):
 
 # --- what all tasks share -------------------------------------------------------------------------
 
+# where the config has 0; the learning rate is for a model that is 128 wide
+DEFAULTS = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
+DEFAULTS |= {"max_new_tokens": 128}
+
 
 class Task:
     """The part of train()'s interface that all tasks share. Each task adds
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
-                      "text": what it is about, and more}; "group" is added
+                      "text": what it is about, and more}
     terms(examples)   -> {name: (N,)}: training minimizes the mean of "loss"; an evaluation reports
                       the mean of each
     """
 
-    # where the config has 0; the learning rate is for a model that is 128 wide
-    defaults: ClassVar = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
-    defaults |= {"max_new_tokens": 128}
+    defaults = DEFAULTS
     columns = ("output",)  # of a row, which hold its answers
-    has_head = False  # in addition to the language model's
-    writes = False  # whether held-out prompts are answered, before and after training
+    labels = None
+    has_head = False  # that scores or classifies, where other tasks write answers
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
 
     def __init__(self, config, machine, checkpoint):
@@ -147,8 +147,8 @@ class Task:
             self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout, attn_dropout=0.0)
         self.gpt.resize(min(self.tokenizer.n_vocab, self.gpt.config.vocab_size), config.block_size)
         self.block_size = self.gpt.config.block_size
-        self.template = config.template or checkpoint.get("template")
-        self.template = self.template or prepare_data.default_template(self.tokenizer)
+        default = prepare_data.default_template(self.tokenizer)
+        self.template = config.template or checkpoint.get("template") or default
         self.too_long = 0  # examples that were truncated
         self.measured = collections.defaultdict(list)  # values since the last row of metrics.csv
         self.splits = {} if config.predict else self.read_examples()
@@ -159,13 +159,12 @@ class Task:
     def set_up(self):
         """Override to add anything beyond the model and the examples."""
 
-    def default_rows(self):
-        """(where, row) of the examples, if there is no --data."""
-        return manual_answers()
+    def read(self, path):
+        """Yields (where, row) of a file, or without one, of the default examples."""
+        return read_rows(path) if path else manual_answers()
 
     def encoded(self, path):
-        columns = (self.config.label_field, self.config.text_field)
-        for where, row in read_rows(path, columns) if path else self.default_rows():
+        for where, row in self.read(path):
             try:
                 example, group = self.encode(row), row.get("group")
             except Exception as error:
@@ -177,13 +176,12 @@ class Task:
         split_of holds out a tenth of data for each."""
         config, splits = self.config, {"train": [], "val": [], "test": []}
         for example in self.encoded(config.data):
-            is_test = config.eval_only and config.data
-            splits["test" if is_test else split_of(example["group"], config)].append(example)
-        known = set()  # the groups and texts that are held out
+            splits[split_of(example["group"], config)].append(example)
+        held_out = set()  # groups and texts
         for split, path in {"test": config.test, "val": config.val, "train": ""}.items():
-            new = [e for e in splits[split] if known.isdisjoint((e["group"], e["text"]))]
+            new = [e for e in splits[split] if held_out.isdisjoint((e["group"], e["text"]))]
             splits[split] = list(self.encoded(path)) if path and not config.eval_only else new
-            known |= {e[key] for e in splits[split] for key in ("group", "text")}
+            held_out |= {e[key] for e in splits[split] for key in ("group", "text")}
         counts = {split: len(examples) for split, examples in splits.items()}
         print(f"examples: {counts}; {self.too_long} were truncated to the context")
         needed = ("test",) if config.eval_only else ("train", "val")
@@ -211,35 +209,40 @@ class Task:
     def collate(self, examples):
         """Their rows -> idx and targets, (R, T), padded at the end, which causal attention ignores,
         and the index of each row's last token, (R,)."""
-        rows = [row for example in examples for row in example["rows"]]
-        length, last = max(len(idx) for idx, _ in rows), [len(idx) - 1 for idx, _ in rows]
-        idx = [idx + [self.end] * (length - len(idx)) for idx, _ in rows]
-        targets = [targets + [-100] * (length - len(targets)) for _, targets in rows]
-        return self.machine.put(*map(torch.tensor, (idx, targets, last)))
+        rows = [map(torch.tensor, row) for example in examples for row in example["rows"]]
+        idx, targets = zip(*rows)
+        last = torch.tensor([len(row) - 1 for row in idx])
+        idx = pad_sequence(idx, batch_first=True, padding_value=self.end)
+        targets = pad_sequence(targets, batch_first=True, padding_value=-100)
+        return self.machine.put(idx, targets, last)
 
-    def add_head(self, outputs, std, labels=None):
+    def batch(self, n):
+        numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
+        return [self.splits["train"][i] for i in numbers]
+
+    def add_head(self, outputs, std):
         """A linear layer that reads the last token of a text, whose state has seen the whole text.
         The head of a checkpoint of the same task, with the same labels, is reused."""
-        config = self.config
+        config, start = self.config, self.start
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
-        if self.start.get("task") == config.task and self.start.get("labels") == labels:
+        if (start.get("task"), start.get("labels")) == (config.task, self.labels):
             with damaged(config.init_from):
-                head.load_state_dict(self.start["head"])
+                head.load_state_dict(start["head"])
         elif self.has_head and (config.predict or config.eval_only):  # not PPO's critic
             hint = f"--task={config.task} trains one"
             raise ValueError(f"{config.init_from}: no head for this task; {hint}")
-
-    def scores_of(self, examples):
-        """What the head says of each row, (R, outputs)."""
-        idx, _, last = self.collate(examples)
-        return self.apply_head(self.gpt.hidden(idx)[torch.arange(len(idx)), last])
 
     def apply_head(self, x):
         """In float32: bfloat16 would round scores to steps of about 0.03."""
         with torch.autocast(x.device.type, enabled=False):
             return self.model["head"](x.float())
+
+    def scores_of(self, examples):
+        """What the head says of each row, (R, outputs)."""
+        idx, _, last = self.collate(examples)
+        return self.apply_head(self.gpt.hidden(idx)[torch.arange(len(idx)), last])
 
     def prepare(self):
         """Decides which weights are trained, how fast, in which batches, and for how many steps."""
@@ -252,7 +255,6 @@ class Task:
             add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
         if self.block_size > self.start["config"]["block_size"]:
             gpt.transformer.wpe.requires_grad_(True)
-        self.model.train()
         # found by trial: for instructions, 5e-4 at width 128, 3e-5 at GPT-2's 768; LoRA needs more
         rate = self.defaults["learning_rate"] * (3 if config.train == "lora" else 1)
         config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
@@ -262,18 +264,10 @@ class Task:
         config.eval_interval = config.eval_interval or per_epoch
         config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
         check_counts(config)
-        total = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        sizes = [(p.numel(), p.numel() * p.requires_grad) for p in self.model.parameters()]
+        total, trained = map(sum, zip(*sizes))
         print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
         print(f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}")
-
-    def batch(self, n):
-        numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
-        return [self.splits["train"][i] for i in numbers]
-
-    def count(self, example):
-        """The number of losses that terms() returns for this example."""
-        return 1
 
     def updates(self, state):
         yield self.losses(state)
@@ -281,8 +275,8 @@ class Task:
     def losses(self, state):
         """Yields a loss for each micro-batch; their sum is the mean over all losses of the step."""
         config, first = self.config, state["examples"] // self.config.batch_size
-        numbers = range(first, first + config.gradient_accumulation_steps)
-        batches = [self.batch(n) for n in numbers]
+        self.model.train()  # evaluation has turned dropout off
+        batches = [self.batch(first + i) for i in range(config.gradient_accumulation_steps)]
         total = sum(self.count(example) for batch in batches for example in batch)
         for batch in batches:
             with self.machine.autocast():
@@ -292,6 +286,10 @@ class Task:
             state["examples"] += config.batch_size
             state["tokens"] += sum(len(idx) for e in batch for idx, _ in e["rows"])
 
+    def count(self, example):
+        """The number of losses that terms() returns for this example."""
+        return 1
+
     def record(self, **values):
         for name, value in values.items():
             self.measured[name].append(value.detach().float().mean())
@@ -299,18 +297,31 @@ class Task:
     @property
     def stats(self):
         """The means of what was recorded since this was last asked for."""
-        means = {name: torch.stack(values).mean().item() for name, values in self.measured.items()}
-        self.measured.clear()
-        return means
+        measured, self.measured = self.measured, collections.defaultdict(list)
+        return {name: torch.stack(values).mean().item() for name, values in measured.items()}
+
+    def checkpoint(self):
+        return {"model": self.model.state_dict(), "examples": self.digest}
+
+    def best_checkpoint(self):
+        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
+        best |= {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
+        if "head" in self.model:
+            best |= {"head": self.model["head"].state_dict(), "labels": self.labels}
+        return best
+
+    def load_best(self, best):
+        """Takes the weights of best.pt, into which LoRA is merged."""
+        self.model["gpt"] = self.gpt = GPT.from_checkpoint(best).to(self.machine.device)
+        if "head" in best:
+            self.model["head"].load_state_dict(best["head"])
 
     def in_batches(self, examples, function):
         """[what function returns for each batch], with dropout off and without gradients."""
         self.model.eval()
         size = 2 * self.config.batch_size
         with torch.no_grad(), self.machine.autocast():
-            found = [function(examples[i : i + size]) for i in range(0, len(examples), size)]
-        self.model.train()
-        return found
+            return [function(examples[i : i + size]) for i in range(0, len(examples), size)]
 
     def measure(self, split):
         parts = self.in_batches(self.splits[split], self.terms)
@@ -321,40 +332,24 @@ class Task:
 
     def report(self, folder=None):
         """Prints what the model does on held-out examples; may write files into folder."""
-        for split in ("val", "test"):
-            if self.splits[split]:
-                print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
-
-    def checkpoint(self):
-        return {"model": self.model.state_dict(), "examples": self.digest}
-
-    def best_checkpoint(self):
-        head = {"head": self.model["head"].state_dict()} if "head" in self.model else {}
-        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt), **head}
-        return {**best, "task": self.config.task, "template": self.template, "tokenizer": self.spec}
-
-    def load_best(self, best):
-        """Takes the weights of best.pt, into which LoRA is merged."""
-        self.model["gpt"] = self.gpt = GPT.from_checkpoint(best).to(self.machine.device)
-        if "head" in best:
-            self.model["head"].load_state_dict(best["head"])
+        for split in filter(self.splits.get, ("val", "test")):
+            print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
 
     def prompt(self, messages):
         """Tokenizes a conversation; of a long one, only the end, to leave room for an answer."""
         limit = self.block_size - min(self.config.max_new_tokens, self.block_size // 2)
         return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
 
-    def answers(self, messages, temperature=1.0):
-        """The model's answers to these conversations, in tokens, up to and with the end token."""
-        prompts, answers, limit = list(map(self.prompt, messages)), {}, self.config.max_new_tokens
+    def answers(self, prompts, temperature=1.0):
+        """The model's answers to these prompts, in tokens, up to and with the end token."""
+        answers = {}
         for length in sorted(set(map(len, prompts))):  # in one batch: no padding before answers
-            numbers = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            (idx,) = self.machine.put(torch.tensor([prompts[i] for i in numbers]))
-            steps = self.gpt.eval().generate(idx, limit, temperature, stop_token=self.end)
-            for i, tokens in zip(numbers, torch.stack(list(steps), dim=1).tolist()):
-                stop = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
-                answers[i] = tokens[:stop]
-        self.model.train()
+            some = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) == length}
+            (idx,) = self.machine.put(torch.tensor([*some.values()]))
+            limits = (self.config.max_new_tokens, temperature)
+            steps = self.gpt.eval().generate(idx, *limits, stop_token=self.end)
+            for i, tokens in zip(some, torch.stack([*steps], dim=1).tolist()):
+                answers[i] = tokens[: [*tokens, self.end].index(self.end) + 1]
         return [answers[i] for i in range(len(prompts))]
 
     def text(self, answer):
@@ -364,11 +359,14 @@ class Task:
     def write_answers(self, name, folder=None):
         """Adds the most likely answers to up to 100 held-out prompts to the examples, under this
         name. With a folder, writes them to responses.jsonl."""
-        held_out = (self.splits["test"] or self.splits["val"]) if self.writes else []
-        examples = held_out[:: max(1, math.ceil(len(held_out) / 100))]
-        for example, answer in zip(examples, self.answers([e["messages"] for e in examples], 0)):
+        if self.has_head:
+            return
+        held_out = self.splits["test"] or self.splits["val"]
+        examples = held_out[:: math.ceil(len(held_out) / 100)]
+        answers = self.answers([self.prompt(e["messages"]) for e in examples], temperature=0)
+        for example, answer in zip(examples, answers):
             example[name] = self.text(answer)
-        if folder and examples:
+        if folder:
             lines = [{k: e[k] for k in e if k not in ("rows", "group", "text")} for e in examples]
             for line in lines[:5]:
                 print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
@@ -384,14 +382,14 @@ def token_log_probs(gpt, idx, targets):
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs), x
 
 
-# --- classification -------------------------------------------------------------------------------
+# --- learning from examples -----------------------------------------------------------------------
 
 
 class Classify(Task):
     """Texts to labels: cross-entropy of the label, plus lm_weight times the next-token loss on the
     text, which helps when examples are few (Radford et al. 2018, equation 5)."""
 
-    defaults: ClassVar = Task.defaults | {"epochs": 5}
+    defaults = DEFAULTS | {"epochs": 5}
     has_head = True
     curves = ("label_loss", "val_loss")
 
@@ -403,15 +401,16 @@ class Classify(Task):
             train.sort(key=lambda example: position(example["text"]))
             by_label = [[e for e in train if e["label"] == label] for label in labels]
             self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
-        self.add_head(len(self.labels), 0.02, self.labels)
+        self.add_head(len(self.labels), std=0.02)
         for example in (e for examples in self.splits.values() for e in examples):
             if example["label"] not in self.labels:
                 raise ValueError(f"no training example has the label {example['label']!r}")
         if len(self.labels) < 2:
             raise ValueError(f"at least two labels are needed; found {self.labels}")
 
-    def default_rows(self):
-        return manual_texts()
+    def read(self, path):
+        columns = (self.config.label_field, self.config.text_field)
+        return read_rows(path, columns) if path else manual_texts()
 
     def encode(self, row):
         text, label = text_of(row, self.config.text_field), text_of(row, self.config.label_field)
@@ -425,11 +424,10 @@ class Classify(Task):
         labels = torch.tensor([self.labels.index(e["label"]) for e in examples], device=idx.device)
         x = self.gpt.hidden(idx)
         scores = self.apply_head(x[torch.arange(len(x)), last])
-        label_loss = F.cross_entropy(scores, labels, reduction="none")
+        loss = label_loss = F.cross_entropy(scores, labels, reduction="none")
         accuracy = (scores.argmax(-1) == labels).float()
         if not self.model.training:
-            return {"loss": label_loss, "accuracy": accuracy}
-        loss = label_loss
+            return {"loss": loss, "accuracy": accuracy}
         if config.lm_weight and config.train != "head":
             losses = next_token_losses(self.gpt.lm_head, x.flatten(0, 1), targets.flatten())
             counts = (targets != -100).sum(1).clamp(min=1)
@@ -465,18 +463,11 @@ class Classify(Task):
         probability, i = scores[0].softmax(0).max(0)
         print(f"{self.labels[i]}  {probability:.4f}")
 
-    def best_checkpoint(self):
-        return {**super().best_checkpoint(), "labels": self.labels}
-
-
-# --- instructions ---------------------------------------------------------------------------------
-
 
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the tokens of the answers alone."""
 
-    defaults: ClassVar = Task.defaults | {"learning_rate": 5e-4, "epochs": 2}
-    writes = True
+    defaults = DEFAULTS | {"learning_rate": 5e-4, "epochs": 2}
 
     def count(self, example):
         return sum(target != -100 for target in example["rows"][0][1])
@@ -489,9 +480,6 @@ class Instruct(Task):
     def evaluate(self):
         metrics = super().evaluate()
         return {**metrics, "val_perplexity": perplexity(metrics["val_loss"])}
-
-
-# --- multiple choice ------------------------------------------------------------------------------
 
 
 class Choice(Task):
@@ -511,15 +499,14 @@ class Choice(Task):
     def terms(self, examples):
         """Is the right ending the one with the highest log-probability, summed or per byte? (Much
         like acc and acc_norm of the Language Model Evaluation Harness.)"""
-        found = {"loss": [], "accuracy": [], "accuracy_per_byte": []}
-        for example in examples:
-            idx, targets, _ = self.collate([example])
-            sums = token_log_probs(self.gpt, idx, targets)[0].sum(1).cpu()
-            per_byte = sums / torch.tensor(example["lengths"])
-            found["loss"].append(-sums.log_softmax(0)[example["label"]])
-            found["accuracy"].append(sums.argmax() == example["label"])
-            found["accuracy_per_byte"].append(per_byte.argmax() == example["label"])
-        return {name: torch.stack(values).float() for name, values in found.items()}
+        idx, targets, _ = self.collate(examples)
+        sums = token_log_probs(self.gpt, idx, targets)[0].sum(1).cpu()
+        found = []
+        for e, log_probs in zip(examples, sums.split([len(e["rows"]) for e in examples])):
+            label, per_byte = e["label"], log_probs / torch.tensor(e["lengths"])
+            right = [scores.argmax() == label for scores in (log_probs, per_byte)]
+            found.append([-log_probs.log_softmax(0)[label], *right])
+        return dict(zip(("loss", "accuracy", "accuracy_per_byte"), torch.tensor(found).T))
 
 
 # --- learning from preferences --------------------------------------------------------------------
@@ -536,8 +523,7 @@ class DPO(Task):
     """Makes the chosen answers more likely than the rejected, but stays close to the reference."""
 
     columns = ("chosen", "rejected")
-    defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4}
-    writes = True
+    defaults = DEFAULTS | {"learning_rate": 1e-4}
 
     def set_up(self):
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
@@ -584,11 +570,10 @@ class Reward(Task):
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation given as a line of JSON."""
-        messages, answer = [], text
+        example = {"messages": [], "output": text}
         if text.startswith("{"):
             example = conversation_of(json.loads(text), "output")
-            messages, answer = example["messages"], example["output"]
-        print(f"{self.score([(messages, answer)]).item():+.4f}")
+        print(f"{self.score([(example['messages'], example['output'])]).item():+.4f}")
 
 
 # --- reinforcement learning -----------------------------------------------------------------------
@@ -601,6 +586,98 @@ GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
 CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
 PASSES, PARTS = 4, 4  # passes over a step's answers; updates in each pass
 UNFINISHED = -1.0  # added to the score of an answer that does not end
+
+
+def clipped_loss(log_probs, old_log_probs, advantages):
+    """The clipped objective, negated: Schulman et al. 2017, equation 7; and the clipped share."""
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+    losses = -torch.min(ratio * advantages, clipped * advantages)
+    return losses.mean(), (ratio != clipped).float().mean()
+
+
+class GRPO(Task):
+    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): makes answers that a
+    reward model scores higher more likely, but stays close to the reference, the model at the
+    start. Several answers to a prompt are sampled and compared: A_i = (s_i − mean s) / std s. This
+    suits cheap sampling; PPO, whose critic learns from every answer, long or expensive answers."""
+
+    defaults = DEFAULTS | {"learning_rate": 1e-4, "max_new_tokens": 48}
+    defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "group_size": 8}
+    curves = ("score", "val_score")
+
+    def set_up(self):
+        path = self.config.reward_model  # predict: it needs the head but no examples
+        reward = FinetuneConfig(task="reward", init_from=path, predict="-", batch_size=16)
+        self.score = Reward(reward, self.machine, load_checkpoint(path)).score
+        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
+
+    def encode(self, row):
+        # prompt and answer must fit the context together, as the model reads them in training
+        self.config.max_new_tokens = min(self.config.max_new_tokens, self.block_size // 2)
+        example = conversation_of(row)
+        return {**example, "rows": [(self.prompt(example["messages"]), [])]}
+
+    def respond(self, examples):
+        """Samples an answer to each from the policy π as it is, without top_k or top_p -> idx,
+        targets (B, T); scores, and whether the answers end, (B,); log π and log ρ of the targets,
+        (B, T), where ρ is the reference; and the states of π, (B, T, C)."""
+        prompts = [e["rows"][0][0] for e in examples]
+        answers = self.answers(prompts)
+        ended = torch.tensor([answer[-1] == self.end for answer in answers])
+        texts = [(e["messages"], self.text(answer)) for e, answer in zip(examples, answers)]
+        scores = self.score(texts) + UNFINISHED * ~ended
+        parts = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
+        idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
+        with torch.no_grad(), self.machine.autocast():  # dropout is off since answers()
+            log_probs, x = token_log_probs(self.gpt, idx, targets)
+            reference, _ = token_log_probs(self.reference, idx, targets)
+        return idx, targets, *self.machine.put(scores, ended), log_probs, reference, x
+
+    def updates(self, state):
+        # train() has seeded this step
+        examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
+        idx, targets, scores, ended, log_probs, reference, x = self.respond(examples)
+        mask = targets != -100
+        judged = self.judge(scores, mask, log_probs, reference, x)
+        tensors = (idx, targets, log_probs, *judged)
+        self.model.train()
+        for _ in range(PASSES):
+            for part in torch.randperm(len(idx)).tensor_split(min(PARTS, len(idx))):
+                with self.machine.autocast():
+                    yield [self.loss(*(tensor[part] for tensor in tensors))]
+        kl = (log_probs - reference).sum(1)  # an estimate; its mean over samples is the KL
+        self.record(score=scores, kl=kl, length=mask.sum(1), ended=ended)
+        state["examples"] += len(examples)
+        state["tokens"] += int(mask.sum())
+
+    def loss(self, idx, targets, old_log_probs, advantages, extra_targets):
+        mask = targets != -100
+        log_probs, x = token_log_probs(self.gpt, idx, targets)
+        loss, clipped = clipped_loss(log_probs[mask], old_log_probs[mask], advantages[mask])
+        name, extra, weight = self.extra_loss(extra_targets[mask], log_probs[mask], x[mask])
+        self.record(**{"clipped": clipped, name: extra})
+        return loss + weight * extra
+
+    def measure(self, split):
+        """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
+        torch.manual_seed(0)
+        _, _, scores, _, log_probs, reference, _ = self.respond(self.splits[split][:100])
+        score, kl = scores.mean().item(), (log_probs - reference).sum(1).mean().item()
+        return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
+
+    def judge(self, scores, mask, log_probs, reference, x):
+        """-> advantages, the same for all tokens of an answer, and the targets of extra_loss(),
+        here log ρ, (B, T)."""
+        groups = scores.view(-1, self.config.group_size)
+        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        return advantages.view(-1, 1) * mask, reference
+
+    def extra_loss(self, reference, log_probs, x):
+        """-> name, value and weight of a second loss: here the KL from the reference, in an
+        estimate that is never negative (equation 4)."""
+        log_ratio = reference - log_probs  # log ρ/π
+        return "kl_loss", (log_ratio.exp() - log_ratio - 1).mean(), self.config.beta
 
 
 def advantages_of(rewards, values, mask):
@@ -619,100 +696,11 @@ def whiten(values, mask):
     return torch.where(mask, (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0)
 
 
-def clipped_loss(log_probs, old_log_probs, advantages):
-    """The clipped objective, negated: Schulman et al. 2017, equation 7; and the clipped share."""
-    ratio = (log_probs - old_log_probs).exp()
-    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-    losses = -torch.min(ratio * advantages, clipped * advantages)
-    return losses.mean(), (ratio != clipped).float().mean()
+class PPO(GRPO):
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): like GRPO, but a
+    critic predicts the expected score at each token, so credit is assigned per token."""
 
-
-class Policy(Task):
-    """Makes answers that a reward model scores higher more likely, close to the reference, which is
-    the model at the start. A step samples answers to prompts, then makes some passes over them.
-
-    judge(scores, mask, log_probs, reference, x)   -> advantages, targets for extra_loss(): (B, T)
-    extra_loss(targets, log_probs, x)              -> name, value and weight of a second loss
-    """
-
-    defaults: ClassVar = Task.defaults | {"learning_rate": 1e-4, "max_new_tokens": 48}
-    defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "group_size": 8}
-    curves = ("score", "val_score")
-    writes = True
-
-    def set_up(self):
-        path = self.config.reward_model  # predict: it needs the head but no examples
-        reward = FinetuneConfig(task="reward", init_from=path, predict="-", batch_size=16)
-        self.score = Reward(reward, self.machine, load_checkpoint(path)).score
-        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
-
-    def encode(self, row):
-        # prompt and answer must fit the context together, as the model reads them in training
-        self.config.max_new_tokens = min(self.config.max_new_tokens, self.block_size // 2)
-        example = conversation_of(row)
-        return {**example, "rows": [(self.prompt(example["messages"]), [])]}
-
-    def respond(self, examples):
-        """Samples an answer to each from the policy as it is, without top_k or top_p -> idx,
-        targets (B, T), scores (B,), and whether the answers end, (B,)."""
-        messages = [example["messages"] for example in examples]
-        answers = self.answers(messages)
-        ended = torch.tensor([answer[-1] == self.end for answer in answers])
-        scores = self.score(list(zip(messages, map(self.text, answers)))) + UNFINISHED * ~ended
-        parts = [[(e["rows"][0][0], False), (a, True)] for e, a in zip(examples, answers)]
-        idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
-        return idx, targets, *self.machine.put(scores, ended)
-
-    @torch.no_grad()
-    def compare(self, idx, targets):
-        """-> log π and log ρ of the targets, (B, T), for the policy π and the reference ρ, and the
-        states of π, (B, T, C). An answer's sum of log π − log ρ estimates the KL."""
-        self.model.eval()
-        with self.machine.autocast():
-            log_probs, x = token_log_probs(self.gpt, idx, targets)
-            reference, _ = token_log_probs(self.reference, idx, targets)
-        self.model.train()
-        return log_probs, reference, x
-
-    def updates(self, state):
-        batch = self.batch(state["step"])
-        examples = [example for example in batch for _ in range(self.config.group_size)]
-        idx, targets, scores, ended = self.respond(examples)  # train() has seeded this step
-        mask = targets != -100
-        log_probs, reference, x = self.compare(idx, targets)
-        judged = self.judge(scores, mask, log_probs, reference, x)
-        tensors = (idx, targets, log_probs, *judged)
-        for _ in range(PASSES):
-            for part in torch.randperm(len(idx)).tensor_split(min(PARTS, len(idx))):
-                with self.machine.autocast():
-                    yield [self.loss(*(tensor[part] for tensor in tensors))]
-        kl = (log_probs - reference).sum(1)
-        self.record(score=scores, kl=kl, length=mask.sum(1), ended=ended)
-        state["examples"] += len(examples)
-        state["tokens"] += int(mask.sum())
-
-    def loss(self, idx, targets, old_log_probs, advantages, extra_targets):
-        mask = targets != -100
-        log_probs, x = token_log_probs(self.gpt, idx, targets)
-        loss, clipped = clipped_loss(log_probs[mask], old_log_probs[mask], advantages[mask])
-        name, extra, weight = self.extra_loss(extra_targets[mask], log_probs[mask], x[mask])
-        self.record(**{"clipped": clipped, name: extra})
-        return loss + weight * extra
-
-    def measure(self, split):
-        """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
-        torch.manual_seed(0)
-        idx, targets, scores, _ = self.respond(self.splits[split][:100])
-        log_probs, reference, _ = self.compare(idx, targets)
-        score, kl = scores.mean().item(), (log_probs - reference).sum(1).mean().item()
-        return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
-
-
-class PPO(Policy):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022). A critic predicts
-    the expected score at each token, so credit is assigned per token."""
-
-    defaults: ClassVar = Policy.defaults | {"batch_size": 32, "group_size": 1}
+    defaults = GRPO.defaults | {"batch_size": 32, "group_size": 1}
 
     def set_up(self):
         super().set_up()
@@ -734,35 +722,18 @@ class PPO(Policy):
         return "value_loss", (self.apply_head(x)[:, 0] - returns).square().mean() / 2, VALUE_WEIGHT
 
 
-class GRPO(Policy):
-    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"). Several answers to the
-    same prompt are compared: A_i = (s_i − mean s) / std s. This suits cheap sampling; PPO, whose
-    critic learns from every answer, suits long or expensive answers."""
-
-    def judge(self, scores, mask, log_probs, reference, x):
-        """-> advantages, the same for all tokens of an answer, and log ρ, (B, T)."""
-        groups = scores.view(-1, self.config.group_size)
-        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-        return advantages.view(-1, 1) * mask, reference
-
-    def extra_loss(self, reference, log_probs, x):
-        """The KL from the reference, as an estimate that is never negative (equation 4)."""
-        log_ratio = reference - log_probs  # log ρ/π
-        return "kl_loss", (log_ratio.exp() - log_ratio - 1).mean(), self.config.beta
-
-
 # --- files, examples, batches ---------------------------------------------------------------------
 
 
 def manual_texts():
     """Yields (where, row): docstrings of Python's library, labeled with the package that they are
     from, for the eight packages with the most docstrings, up to 300 of each."""
-    entries = [entry for entry in library_docstrings() if "." in entry[0]]
-    entries.sort(key=lambda entry: position(entry[1]))
-    counts = collections.Counter(module.split(".")[0] for module, _, _ in entries)
-    for label, _ in counts.most_common(8):
-        texts = [(m, text) for m, _, text in entries if m.split(".")[0] == label and clean(text)]
-        for module, text in texts[:300]:
+    found = collections.defaultdict(list)  # package -> [(module, docstring)]
+    for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[1])):
+        if "." in module and clean(text):
+            found[module.split(".")[0]].append((module, text))
+    for label in sorted(found, key=lambda label: len(found[label]), reverse=True)[:8]:
+        for module, text in found[label][:300]:
             yield module, {"text": text, "label": label, "group": module}
 
 
@@ -781,9 +752,10 @@ def manual_answers():
 
 
 def split_of(group, config):
-    """The split of a row without a file of its own: a hash of its "group" or its prompt decides, so
-    duplicates land in the same split. By the same rule, prepare_data.py holds out the modules of
-    the default examples."""
+    """The split of a row of data: a hash of its group decides, so duplicates share one. By the same
+    rule, prepare_data.py holds out the modules of the default examples."""
+    if config.eval_only and config.data:
+        return "test"
     place = position(group)
     if place < 0.1 and not config.val:
         return "val"
@@ -791,10 +763,8 @@ def split_of(group, config):
 
 
 def read_rows(path, columns=()):
-    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}.
-
-    A .tsv file of two columns with neither of these names in its first line has no header.
-    """
+    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}. A .tsv
+    file with as many columns as these, but none of their names in its first line, has no header."""
     path = pathlib.Path(path)
     kind = path.suffix.lower()
     if kind in (".jsonl", ".json"):
@@ -807,15 +777,17 @@ def read_rows(path, columns=()):
         delimiter = "\t" if kind == ".tsv" else "," if "," in text.partition("\n")[0] else ";"
         quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
         lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
-        rows = [(f"{path}, line {lines.line_num}", row) for row in lines if row]
+        rows = [(f"{path}, line {lines.line_num}", values) for values in lines if values]
     names = [name.strip().lower() for name in rows[0][1]] if rows else []
-    is_known = not {column.lower() for column in columns}.isdisjoint(names)
-    has_header = kind == ".csv" or len(names) != len(columns) or is_known
-    names = names if has_header else columns
-    for where, row in rows[has_header:]:
-        if len(row) != len(names):
-            raise ValueError(f"{where}: {len(row)} values, but {len(names)} columns")
-        yield where, dict(zip(names, row))
+    is_headerless = kind == ".tsv" and len(names) == len(columns)
+    if is_headerless and {column.lower() for column in columns}.isdisjoint(names):
+        names = columns
+    else:
+        rows = rows[1:]
+    for where, values in rows:
+        if len(values) != len(names):
+            raise ValueError(f"{where}: {len(values)} values, but {len(names)} columns")
+        yield where, dict(zip(names, values))
 
 
 def text_of(row, *names):
@@ -851,26 +823,21 @@ def conversation_of(row, *answers):
         messages = [{"role": "user", "content": text}]
     if not {message["role"] for message in messages} <= {"system", "user", "assistant"}:
         raise ValueError("roles are system, user and assistant")
-    prompt = "\n".join(clean(message["content"]) for message in messages)
-    if not prompt.strip():
+    example = {"messages": messages, "text": "\n".join(clean(m["content"]) for m in messages)}
+    if not example["text"].strip():
         raise ValueError("there is no prompt")
-    example = {"messages": messages, "text": prompt}
     for name in answers:
         value = row.get(name, row.get("messages"))
-        if isinstance(value, list):
-            said = [m["content"] for m in value if m["role"] == "assistant"]
-            value = said[-1] if said else None
+        if isinstance(value, list):  # of which the answer is the assistant's last message
+            value = next((m["content"] for m in value[::-1] if m["role"] == "assistant"), None)
         example[name] = text_of({name: value} if value else row, name)
     return example
 
 
 def to_row(parts, block_size):
     """[(tokens, is_learned), ...] -> idx, targets: lists of one length, at most block_size. A
-    target is the token after its idx, or -100 if that one is not learned.
-
-    A conversation that is too long is cut at its start, down to its last part; if that part alone
-    is too long, at its end, too.
-    """
+    target is the token after its idx, or -100 if that one is not learned. What is too long is cut
+    at its start, down to the last part; if that part alone is too long, at its end, too."""
     tokens = [token for part, _ in parts for token in part]
     learned = [token if is_learned else -100 for part, is_learned in parts for token in part]
     # the state that predicts the last part's first token is the one before it
@@ -898,31 +865,30 @@ TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO, "grpo": GRPO}
 
 def settle(config):
     """Fills in the task's defaults and rejects incompatible options."""
-    task = TASKS.get(config.task)
-    if task is None:
-        raise ValueError(f"--task={config.task}: choose from {', '.join(TASKS)}")
+    task = TASKS.get(config.task, Task)
     weights = ("all", "last_block", "lora") + ("head",) * task.has_head
-    for flag, choices in {"train": weights, "template": ("", "roles", "alpaca")}.items():
-        if getattr(config, flag) not in choices:
-            raise ValueError(f"--{flag}={getattr(config, flag)}: choose from {', '.join(choices)}")
+    known = {"task": TASKS, "train": weights, "template": ("", "roles", "alpaca")}
+    for flag, choices in known.items():
+        if (value := getattr(config, flag)) not in choices:
+            raise ValueError(f"--{flag}={value}: choose from {', '.join(choices)}")
     if config.predict and not task.has_head:
         raise ValueError("--predict is for --task=classify and --task=reward")
-    if config.task == "choice" and not config.data:
+    if task is Choice and not config.data:
         raise ValueError("--task=choice needs questions: --data=FILE")
     config.eval_only |= task is Choice
     config.out_dir = config.out_dir or f"out/{config.task}"
     for name, value in task.defaults.items():  # the learning rate depends on the model's width
         if name != "learning_rate" and not getattr(config, name):
             setattr(config, name, value)
-    if task is GRPO and config.group_size < 2:
+    if task is GRPO and config.group_size < 2:  # nothing to compare
         raise ValueError(f"--group_size={config.group_size}: must be 2 or more")
-    out_dir = pathlib.Path(config.out_dir).resolve()
-    for path in [config.init_from] + [config.reward_model] * issubclass(task, Policy):
-        trains = not (config.predict or config.eval_only)
-        if trains and out_dir in (model := pathlib.Path(path).resolve(), model.parent):
-            raise ValueError(
-                f"--out_dir={config.out_dir} would overwrite {path}, which this run reads"
-            )
+    if config.predict or config.eval_only:  # writes nothing
+        return
+    for name in [config.init_from] + [config.reward_model] * issubclass(task, GRPO):
+        model, out_dir = (pathlib.Path(path).resolve() for path in (name, config.out_dir))
+        if out_dir in (model, model.parent):
+            hint = f"would overwrite {name}, which this run reads"
+            raise ValueError(f"--out_dir={config.out_dir} {hint}")
 
 
 def main(argv=None):

@@ -1918,7 +1918,7 @@ def toy_reward(monkeypatch):
         task.score = score
         task.reference = finetune.copy.deepcopy(task.gpt).requires_grad_(False)
 
-    monkeypatch.setattr(finetune.Policy, "set_up", set_up)
+    monkeypatch.setattr(finetune.GRPO, "set_up", set_up)
 
 
 def policy(base, monkeypatch, name, **settings):
@@ -1969,7 +1969,7 @@ def test_an_answer_that_does_not_end_scores_one_less(base, monkeypatch):
     task = policy(base, monkeypatch, "ppo")
     word = task.tokenizer.encode_ordinary("red")
     monkeypatch.setattr(task, "answers", lambda *args, **how: [word, [*word, task.end]])
-    _, _, scores, ended = task.respond(task.splits["train"][:2])
+    _, _, scores, ended, *_ = task.respond(task.splits["train"][:2])
     assert ended.tolist() == [False, True]
     assert scores[1].item() == pytest.approx(scores[0].item() + 1)
 
