@@ -9,7 +9,8 @@
 
 The loop is the function train(). A run writes last.pt (everything needed to continue), best.pt (the
 model with the lowest validation loss, for sample.py), metrics.csv and, with matplotlib, loss.png.
-With the same seed, a run on one CPU gives bit-identical weights, even if interrupted and resumed.
+With the same --seed and --threads, a run on one CPU gives bit-identical weights, even if
+interrupted and resumed.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ class RunConfig:  # shared with finetune.py
     log_interval: int = 100  # steps between lines of output
     device: str = ""  # cpu, cuda, mps (default: the best available)
     dtype: str = ""  # float32, bfloat16 or float16, for matrix products (default: the fastest)
-    threads: int = 0  # of the CPU (0: all; for a small model beside other work, one)
+    threads: int = 0  # CPU threads (0: all, but one for a small model beside other work)
 
 
 def check_counts(config):
