@@ -56,10 +56,12 @@ def made_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("session")
     data, text = prepare(folder / "prepared", story(4000)), story(500, seed=9) + "zzz zzz"
     train.main(f"--data={folder}/prepared --out_dir={folder}/base {SMALL} --dropout=0".split())
-    shutil.copytree(folder / "prepared", folder / "wild")
+    for name in ("wild", "mixed"):
+        shutil.copytree(folder / "prepared", folder / name)
     shard = np.full(data["splits"]["train"]["tokens"], data["vocab_size"], data["dtype"])
     np.save(folder / "wild" / "train_00000.npy", shard)
     prepare(folder / "other", text)
+    shutil.copy(folder / "other" / "train_00000.npy", folder / "mixed")
     prepare(folder / "same", text, f"--tokenizer={folder}/prepared")
     files = {
         "blank.txt": " \n\n\t",
@@ -572,7 +574,6 @@ def test_preparing_anew_replaces_its_own_files_and_no_others(monkeypatch):
     meta.write_text(meta.read_text().replace('["train_00000', '["../train_00000'))
     with pytest.raises(ValueError, match="invalid shard names"):
         prepare_data.open_data("data")
-    os.remove("data/train_00000.npy")
     prepare("data", story(300))
     assert os.stat("data").st_ino == inode  # the folder may be a mount point
     names = ["train_00000.npy", *(f"data/{name}" for name in others)]
@@ -788,12 +789,14 @@ def test_two_processes_train_as_one_until_a_signal_stops_both_and_one_continues(
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_a_run_shows_its_size_and_on_a_terminal_one_line(is_terminal, capsys, monkeypatch):
+def test_a_run_shows_its_size_and_a_line_of_progress(is_terminal, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal, raising=False)
     run_training("out", "--log_interval=2 --max_iters=8")
     *size, progress = capsys.readouterr().out.split("\n", 4)
     assert progress.count("step ") == 4
-    assert len(re.findall(r"step +\d.*?\r", progress)) == 3 * is_terminal
+    assert (
+        len(re.findall(r"step +\d.*?\r", progress)) == 3 * is_terminal
+    )  # which replaces its lines
     weights = {name: w.numel() for name, w in GPT.from_pretrained("out").named_parameters()}
     total, n_tokens = sum(weights.values()) - weights["transformer.wpe.weight"], 8 * 4 * 16
     # forward and backward: 6 operations for each weight in a product, and attention's products
@@ -1596,13 +1599,8 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (prepare_data, "FLAG: no (such file|files)", "gone.txt", "empty", "pipe"),
     (prepare_data, "gpt9.*gpt2", "other.txt --tokenizer=gpt9"),
     (prepare_data, "TIKTOKEN_CACHE_DIR.*--tokenizer=bpe", "other.txt --tokenizer=r50k_base"),
-    (
-        prepare_data,
-        "meta.json",
-        "other.txt --out=object",
-        "other.txt --out=list",
-        "other.txt --out=words",
-    ),
+    (prepare_data, "meta.json", "other.txt --out=object", "other.txt --out=list"),
+    (prepare_data, "meta.json", "other.txt --out=words"),
     (prepare_data, "another run", "other.txt --out=locked"),
     (train, "another run", "--out_dir=locked"),
     (train, "", f"--seed={LARGE}", f"--max_iters={LARGE}", "--n_embd=10000000"),
@@ -1613,9 +1611,10 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (train, "n_head must divide", "--n_embd=10 --n_head=3"),
     (train, "too little text", "--block_size=100000"),
     (train, "abacus|int3.*float32", "--device=abacus", "--dtype=int3"),
-    (train, "no such checkpoint", "--init_from=nowhere", "--init_from=resume"),
+    (train, "(nowhere|last.pt): no such checkpoint", "--init_from=nowhere", "--init_from=resume"),
     (train, "nowhere.*prepare_data.py", "--data=nowhere"),
     (train, "shard is damaged", "--data=wild"),
+    (train, "the shards are not what meta.json says", "--data=mixed"),
     (train, "n_layer=1, not --n_layer=7", "--out_dir=base --init_from=resume --n_layer=7"),
     (train, "block_size=16", "--out_dir=base --init_from=resume --block_size=8"),
     (train, "was trained on", "--out_dir=base --init_from=resume --data=same"),
