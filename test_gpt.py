@@ -531,7 +531,7 @@ def test_documents_keep_to_one_split_and_duplicates_are_dropped(capsys):
 
 
 def test_a_novel_among_notes_gives_its_last_tenth_which_does_not_choose_the_tokens():
-    notes, novel = [f"note {i}" for i in range(299)], clean(story(20_000) + " xyzzy" * 1000)
+    notes, novel = [f"note {i}" for i in range(299)], clean(story(20_000) + " xy" * 3000)
     assert len(novel) > 2**16  # which is encoded in parts, but counts once
     meta = prepare("data", "<|endoftext|>".join([*notes, novel]))
     assert sum(split["documents"] for split in meta["splits"].values()) == 299 + 2
