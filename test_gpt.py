@@ -592,20 +592,20 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
     left = [math.inf]
     sys.addaudithook(before_each_operation)  # cannot be removed, but does nothing later
     monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 150)
-    texts, was_killed = [story(n, seed=n) for n in (300, 400)], [True]
+    texts = [story(n, seed=n) for n in (300, 400)]
     whole = [documents_in(prepare("data", text)) for text in texts]
-    while was_killed[-1]:
+    n, was_killed = 0, True
+    while was_killed:
         assert documents_in(prepare("data", texts[0])) == whole[0]
-        left[0] = len(was_killed) - 1
+        left[0], n = n, n + 1
         with contextlib.suppress(KeyboardInterrupt):
-            prepare("data", texts[len(was_killed) % 2])
-        was_killed.append(left[0] < 0)
-        left[0] = math.inf
+            prepare("data", texts[1])
+        was_killed, left[0] = left[0] < 0, math.inf
         try:
             assert documents_in(prepare_data.open_data("data")) in whole
         except FileNotFoundError as error:
             assert "prepare_data.py" in str(error)
-    assert len(was_killed) > 9
+    assert n > 9
 
 
 def test_the_default_data_is_made_only_in_an_empty_place(monkeypatch):
