@@ -592,7 +592,7 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
     left = [math.inf]
     sys.addaudithook(before_each_operation)  # cannot be removed, but does nothing later
     monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 150)
-    texts = [story(n, seed=n) for n in (300, 400)]
+    texts = ["<|endoftext|>".join(story(100, seed=n * i) for i in range(n)) for n in (4, 6)]
     whole = [documents_in(prepare("data", text)) for text in texts]
     n, was_killed = 0, True
     while was_killed:
