@@ -911,7 +911,7 @@ def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system_prompt(capsys, m
         prompts.extend(idx.tolist()) or map(torch.tensor, answer)
     )
     monkeypatch.setattr(GPT, "generate", generate)
-    questions = ["the cat", "the dog", "a house", "a red cat", "not " * 30]
+    questions = ["the cat", "the dog", "a house", "a red cat", "not " * 60]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n  \n".join(questions)))  # and empty lines
     sample.main(["--init_from=.", "--chat", "--max_new_tokens=20", "--system=be kind"])
     assert capsys.readouterr().out.split() == ["yes"] * len(prompts) == ["yes"] * len(questions)
@@ -1535,7 +1535,7 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(toy_r
     # an answer that does not end scores one less
     word = task.tokenizer.encode_ordinary("red")
     task.answers = lambda *args, **how: [word, [*word, task.end]]
-    _, _, scores, ended = task.respond(task.splits["train"][:2])
+    scores, ended = task.respond(task.splits["train"][:2])[2:4]
     assert ended.tolist() == [False, True]
     assert scores[1].item() == pytest.approx(scores[0].item() + 1)
 
