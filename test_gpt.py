@@ -592,7 +592,7 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
     left = [math.inf]
     sys.addaudithook(before_each_operation)  # cannot be removed, but does nothing later
     monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 150)
-    texts = ["<|endoftext|>".join(story(100, seed=n * i) for i in range(n)) for n in (4, 6)]
+    texts = ["<|endoftext|>".join(story(100, seed=n * i) for i in range(n)) for n in (2, 3)]
     whole = [documents_in(prepare("data", text)) for text in texts]
     n, was_killed = 0, True
     while was_killed:
@@ -605,7 +605,7 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
             assert documents_in(prepare_data.open_data("data")) in whole
         except FileNotFoundError as error:
             assert "prepare_data.py" in str(error)
-    assert n > 9
+    assert n > 6
 
 
 def test_the_default_data_is_made_only_in_an_empty_place(monkeypatch):
@@ -843,7 +843,7 @@ def test_small_models_run_on_one_thread_and_are_sampled_in_float32(monkeypatch):
         main(flags.split())
         return torch.get_num_threads()
 
-    dtypes, training = [], f"--data=prepared {SMALL} --max_iters=1"
+    dtypes, training = [], f"--data=prepared {SMALL} --max_iters=1 --eval_iters=1"
     generate = lambda model, *args, **how: dtypes.append(model.lm_head.weight.dtype) or iter(())
     monkeypatch.setattr(GPT, "generate", generate)
     monkeypatch.setattr(sample, "pick_dtype", lambda device: torch.bfloat16)
@@ -1670,7 +1670,9 @@ def test_scripts_end_bad_input_with_code_2_and_run_with_closed_streams_or_a_read
         (line,) = process.communicate(timeout=60)[1].splitlines()
         assert "nowhere" in line and process.returncode == 2
     command = "-m sample --init_from=base --max_new_tokens=3000 --temperature=2 --top_k=0"
-    subprocess.run(f"'{sys.executable}' {command} >&- 2>&-", shell=True, check=True)
+    subprocess.run(
+        f"'{sys.executable}' {command} --max_new_tokens=9 >&- 2>&-", shell=True, check=True
+    )
     process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
     process.stdout.close()
