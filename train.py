@@ -513,8 +513,8 @@ def main(argv=None):
         config, saved = load_run(TrainConfig, {"out_dir": config.out_dir, **flags})
     check_counts(config)
     machine = Machine(config)
-    is_empty = config.data == TrainConfig.data and not any(pathlib.Path(config.data).glob("[!.]*"))
-    if is_empty and machine.rank == 0:
+    files = filter(pathlib.Path.is_file, pathlib.Path(config.data).glob("[!.]*"))
+    if config.data == TrainConfig.data and not any(files) and machine.rank == 0:
         print(f"no {config.data}/ yet: preparing the default, the manual that comes with Python")
         prepare_data.main([f"--out={config.data}"])
     machine.sum(0)  # waits for rank 0
