@@ -96,8 +96,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # (2, B, n_head, capacity, d): keys and values of all positions
             end = start + x.size(1)
             cache[:, :, :, start:end] = qkv[1:]
-            k, v = cache[:, :, :, :end].to(q.dtype)
-        y = attention(q, k, v, self.attn_dropout if self.training else 0.0)
+            q, (k, v) = q.to(cache.dtype), cache[:, :, :, :end]
+        y = attention(q, k, v, self.attn_dropout if self.training else 0.0).to(x.dtype)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side
         return fast_dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -248,9 +248,15 @@ class GPT(nn.Module):
     def new_cache(self, batch_size, capacity):
         """The keys and values of each block for up to capacity tokens, so that a new token costs
         one short step: (n_layer, 2, B, n_head, capacity, d)."""
-        config, d = self.config, self.config.n_embd // self.config.n_head
+        config, d, weight = (
+            self.config,
+            self.config.n_embd // self.config.n_head,
+            self.lm_head.weight,
+        )
         shape = (config.n_layer, 2, batch_size, config.n_head, capacity, d)
-        return self.lm_head.weight.new_empty(shape)
+        # on CPUs, attention from one position is 3 to 6 times as fast in float32 as in bfloat16
+        on_cpu = weight.device.type == "cpu"
+        return weight.new_empty(shape, dtype=torch.float32 if on_cpu else weight.dtype)
 
     def num_params(self):
         """Parameters without the position table, as nanoGPT counts; shared ones count once."""

@@ -14,6 +14,7 @@ Reads what train.py and finetune.py have written, and GPT-2 in Hugging Face's fo
 
 import codecs
 import contextlib
+import functools
 import io
 import math
 import pathlib
@@ -49,24 +50,44 @@ class SampleConfig:
 
 
 def load_model(config):
-    """-> model, tokenizer, checkpoint, in which "tokenizer" is the spec of the tokenizer."""
-    checkpoint, device = load_checkpoint(config.init_from), pick_device(config.device)
+    """-> model in float32, tokenizer, checkpoint, whose "tokenizer" is the tokenizer's spec."""
+    checkpoint = load_checkpoint(config.init_from)
     checkpoint["tokenizer"] = prepare_data.tokenizer_of(checkpoint, config.init_from)
     tokenizer = prepare_data.build_tokenizer(checkpoint["tokenizer"])
     with damaged(config.init_from):
         model = GPT.from_checkpoint(checkpoint)
         # without the rows that only pad the vocabulary, so that they are never sampled
         model.resize(vocab_size=min(tokenizer.n_vocab, model.config.vocab_size))
-    if config.dtype not in ("", "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
-    # a small model's matrices gain nothing from bfloat16 and little from threads, which wait for
-    # one another beside other work
+    return model, tokenizer, checkpoint
+
+
+def prepare(model, config):
+    """Moves the model to the device, in the type that is fastest there for its size."""
+    device = pick_device(config.device)
+    # a small model gains nothing from bfloat16 and little from threads, which wait for one another
+    # beside other work
     is_small = model.config.n_embd < 512
     if is_small:
         torch.set_num_threads(1)
-    dtype = torch.float32 if is_small else pick_dtype(device)
-    model.to(device, getattr(torch, config.dtype) if config.dtype else dtype)
-    return model, tokenizer, checkpoint
+    fastest = torch.float32 if is_small else pick_dtype(device)
+    if config.dtype not in ("", "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
+    model.to(device, getattr(torch, config.dtype) if config.dtype else fastest)
+    if device.type == "cpu" and model.lm_head.weight.dtype == torch.bfloat16 == fastest:
+        pack_weights(model)
+
+
+def pack_weights(model):
+    """Stores the weights of a bfloat16 model on a CPU as oneDNN reads them, which otherwise
+    rearranges them in every product: GPT-2 124M generates 1.3 times as fast."""
+    for linear in model.modules():
+        if isinstance(linear, torch.nn.Linear):
+            weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+            linear.forward = functools.partial(packed_product, weight, linear.bias)
+
+
+def packed_product(weight, bias, x):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def write(model, tokenizer, tokens, config, generator, num_samples=1):
@@ -188,6 +209,12 @@ def main(argv=None):
     if not prompt and (config.attention or config.surprise or config.start):
         raise ValueError("--start is empty: pass some text, or omit it for a new document")
     model, tokenizer, checkpoint = load_model(config)
+    if config.save_pretrained:
+        prepare_data.save_tokenizer(checkpoint["tokenizer"], config.save_pretrained)
+        model.save_pretrained(config.save_pretrained, tokenizer.eot_token)
+        print(f"wrote model and tokenizer to {config.save_pretrained}")
+        return
+    prepare(model, config)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
     if config.attention:
         draw_attention(model, tokenizer, prompt, config.attention)
@@ -196,11 +223,7 @@ def main(argv=None):
     if config.chat:
         template = checkpoint.get("template") or prepare_data.default_template(tokenizer)
         chat(model, tokenizer, template, config, generator)
-    if config.save_pretrained:
-        prepare_data.save_tokenizer(checkpoint["tokenizer"], config.save_pretrained)
-        model.float().save_pretrained(config.save_pretrained, tokenizer.eot_token)
-        print(f"wrote model and tokenizer to {config.save_pretrained}")
-    if not (config.attention or config.surprise or config.chat or config.save_pretrained):
+    if not (config.attention or config.surprise or config.chat):
         write_samples(model, tokenizer, prompt, config, generator)
 
 

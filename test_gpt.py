@@ -255,11 +255,12 @@ def test_dropout_on_attention_weights_is_on_in_training_and_keeps_their_mean(dty
     assert not torch.allclose(model(idx), model(idx))
 
 
-def test_reading_in_steps_with_a_cache_is_reading_at_once():
-    model, idx = tiny_model(), tokens((3, 16))
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_reading_in_steps_with_a_cache_is_reading_at_once(dtype, atol):
+    model, idx = tiny_model().to(dtype), tokens((3, 16))
     cache, parts = model.new_cache(3, 16), zip(idx.split([5, 1, 4, 6], dim=1), [0, 5, 6, 10])
     steps = [model.hidden(part, cache, start) for part, start in parts]
-    assert_close(torch.cat(steps, dim=1), model.hidden(idx))
+    assert_close(torch.cat(steps, dim=1), model.hidden(idx), atol=atol, rtol=0)
     with pytest.raises(ValueError, match="17 tokens do not fit"):
         model.hidden(idx[:, :1], cache, 16)
 
@@ -848,6 +849,22 @@ def test_small_models_are_sampled_on_one_thread_in_float32(monkeypatch):
         sample.main(["--init_from=."])
         assert torch.get_num_threads() == threads
     assert dtypes == [torch.float32, torch.bfloat16]
+
+
+def test_weights_packed_for_generation_give_the_same_logits():
+    model, idx = tiny_model(), tokens((2, 16))
+    logits = model(idx)
+    sample.pack_weights(model)
+    model.transformer.h[0].mlp.c_fc.weight.data.zero_()  # the packed copy is what counts
+    assert_close(model(idx), logits)
+
+
+def test_a_model_is_exported_with_all_its_bits(monkeypatch):
+    monkeypatch.setattr(sample, "pick_dtype", lambda device: torch.bfloat16)
+    save_sampler(n_embd=512, n_layer=1)
+    sample.main(["--init_from=best.pt", "--save_pretrained=hf"])
+    idx = tokens((1, 8))
+    assert_equal(GPT.from_pretrained("hf")(idx), GPT.from_pretrained("best.pt")(idx))
 
 
 @pytest.mark.parametrize(("seconds", "n_embd", "threads"), [(0.5, 16, 2), (1, 16, 1), (9, 512, 2)])
