@@ -804,7 +804,7 @@ def test_a_run_shows_its_size_and_a_line_of_progress(is_terminal, capsys, monkey
     flops = 6 * (total - weights["transformer.wte.weight"]) + 12 * 16 * 16
     epochs = n_tokens / prepare_data.open_data("prepared")["splits"]["train"]["tokens"]
     assert size[0].startswith(f"{total:,} parameters")
-    assert size[1] == f"{n_tokens} tokens of training: {epochs:.1f} epochs"
+    assert size[1] == f"{n_tokens} training tokens: {epochs:.1f} epochs"
     assert f"{flops:,} " in size[2]
     assert size[3].startswith(f"{n_tokens / total:.1f} tokens ")
 
@@ -1633,10 +1633,10 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (train, "", f"--seed={LARGE}", f"--max_iters={LARGE}", "--n_embd=10000000"),
     (train, "argument FLAG: invalid", "--compile=", "--n_layer=two", "--learning_rate=nan"),
     (train, "argument FLAG: ", "--batch_size=-1", "--seed"),
-    (train, "FLAG=0: must be 1 or more", "--batch_size=0", "--eval_interval=0"),
+    (train, "FLAG=0: must be 1 or more", "--batch_size=0", "--eval_interval=0", "--eval_iters=0"),
     (train, "must be 1 or more", "--n_layer=0", "--n_head=0", f"--n_embd={2**63}"),
     (train, "n_head must divide", "--n_embd=10 --n_head=3"),
-    (train, "too little text", "--block_size=100000"),
+    (train, "not enough text", "--block_size=100000"),
     (train, "abacus|int3.*float32", "--device=abacus", "--dtype=int3"),
     (train, "(nowhere|last.pt): no such checkpoint", "--init_from=nowhere", "--init_from=resume"),
     (train, "nowhere.*prepare_data.py", "--data=nowhere"),
