@@ -1,4 +1,4 @@
-"""Text to tokens: reads any text, trains a byte-pair encoding on it, writes shards for train.py.
+"""Turns text into tokens: reads text, trains a byte-pair encoding on it and writes token shards.
 
     python prepare_data.py                                 # Python's own manual, into data/
     python prepare_data.py book.txt --out=data/book        # your text
@@ -6,8 +6,8 @@
     python prepare_data.py stories.txt --separator='\\n\\n\\n' --vocab_size=4096
     python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, from tiktoken
 
-Documents -> clean -> train and val -> BPE -> tokens -> shards, meta.json. The text is read twice,
-once to train the BPE and once to encode, one document at a time.
+The text is read a document at a time: once to train the BPE, once to encode. train.py reads the
+result, which is described by meta.json.
 """
 
 import argparse
@@ -38,20 +38,20 @@ import regex  # knows \p{L}, which re does not
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat, after fine-tuning
-SHARD_TOKENS = 50_000_000  # approximate
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat; unused before fine-tuning
+SHARD_TOKENS = 50_000_000  # per shard, approximately
 SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
-HELD_OUT = 0.1  # the share of the text that goes to val (of the default corpus, twice that)
+HELD_OUT = 0.1  # the share of the text that goes to val (twice that for the default corpus)
 
 
 @dataclass
 class PrepareConfig:
     out: str = "data"  # folder to write
     tokenizer: str = "bpe"  # bpe (trained here), a tiktoken name, or a folder with a tokenizer
-    vocab_size: int = 1024  # tokens of the trained BPE; 4 special tokens come on top
-    bpe_sample_mb: int = 10  # how much text the BPE is trained on, MB
+    vocab_size: int = 1024  # tokens of the trained BPE; 4 special tokens are added
+    bpe_sample_mb: int = 10  # how much text the BPE is trained on, in MB
     text_field: str = "text"  # the JSON field that holds the text
-    separator: str = END_OF_TEXT  # what separates the documents in a text file
+    separator: str = END_OF_TEXT  # what separates documents in a text file
     min_chars: int = 1  # shorter documents are dropped
 
 
@@ -65,8 +65,8 @@ def refuse(reason):
 def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse):
     """Yields (source, text) for every document in files, folders and URLs, or in Python's manual.
 
-    A text file is one document, or several with separator between them; .json and .jsonl hold one
-    in text_field of each object; HTML is stripped of markup. Raises ValueError if an input does not
+    A text file is one document, or several with separator between them; .json and .jsonl have one
+    per object, in text_field; HTML is stripped of its markup. Raises ValueError if an input does not
     exist; calls skip(reason) for each document that cannot be read.
     """
     if not inputs:
@@ -88,24 +88,25 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
                     yield str(path), html_to_text(text) if is_page else text
                 except UnicodeDecodeError as error:
                     where = f"{path}, document at byte {offset}"
-                    skip(f"{where}: {error}; if it is not UTF-8: iconv -f latin1 -t utf-8")
+                    skip(f"{where}: {error}; not UTF-8? Convert it: iconv -f latin1 -t utf-8")
         except OSError as error:
             skip(f"{path}: {error.strerror}")
 
 
 def find_files(inputs, skip=refuse):
-    """Expands inputs into a list of paths: downloads URLs, leaves out hidden files in folders."""
+    """Expands inputs into a list of paths: downloads URLs, skips hidden files in folders."""
     files = []
     for name in map(str, inputs):
         path = download(name) if re.match("https?://", name) else pathlib.Path(name)
         if path.is_dir():
-            for folder, inside, names in os.walk(path, onerror=skip):
+            for folder, inside, names in os.walk(path, onerror=lambda error: skip(str(error))):
                 inside[:] = sorted(name for name in inside if name[0] != ".")
-                files += [pathlib.Path(folder, name) for name in sorted(names) if name[0] != "."]
+                visible = (pathlib.Path(folder, name) for name in sorted(names) if name[0] != ".")
+                files += filter(pathlib.Path.is_file, visible)  # no pipe, no broken link
         elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(f"{path}: no such file or folder (a pipe cannot be read twice)")
+            raise ValueError(f"{path}: no such file or folder")
     return files
 
 
@@ -159,8 +160,8 @@ def split_file(path, separator, block_size=1 << 20):
     yield offset, buffer
 
 
-PAGE = re.compile(r"(?i)\s*(<!doctype html|<html)")
-# What is not closed reaches to the end of the page, so reading any page takes linear time.
+PAGE = re.compile(r"(?i)[\s\ufeff]*(<!doctype html|<html)")
+# An unclosed element extends to the end of the page, so that any page takes linear time.
 UNSEEN = re.compile(
     r"(?is)<!--.*?(-->|\Z)|"
     r"<(script|style|title|template|noscript|svg|iframe)(?=[\s>])(?![^<>]*/>).*?(</\2\s*>|\Z)"
@@ -176,7 +177,7 @@ TAG = re.compile(r"(?i)<[a-z/!?]" + ATTRIBUTES)
 
 
 def html_to_text(page):
-    """The visible text of a page: a line for each block, and <pre> as it is.
+    """The visible text of a page: one line per block, and <pre> text as it is.
 
     >>> clean(html_to_text("<h1>Tom &amp; Ann</h1><script>x</script><p>They <b>met</b>.</p>"))
     'Tom & Ann\\n\\nThey met.'
@@ -193,8 +194,8 @@ def html_to_text(page):
 
 
 def clean(text):
-    """Text in NFC, with \\n for line endings and without control characters, byte-order marks, lone
-    surrogates, spaces before a line ending, two blank lines in a row, or blank lines at the ends.
+    """Normalizes text to NFC and line endings to \\n. Removes control characters, byte-order marks,
+    lone surrogates, spaces at line ends, repeated blank lines, and blank lines at both ends.
 
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
@@ -202,7 +203,7 @@ def clean(text):
     text = re.sub(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", "\n", text)
     text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+", "", text)
     text = unicodedata.normalize("NFC", text)
-    text = re.sub(r"(?<![ \t])[ \t]+(?=\n|\Z)", "", text)  # (?<!) tries each run once
+    text = re.sub(r"(?<![ \t])[ \t]+(?=\n|\Z)", "", text)  # (?<!): in linear time
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
@@ -248,12 +249,12 @@ def position(key):
 
 
 def split_documents(files, config, skip, dropped):
-    """Yields (split, text) of every distinct document, cleaned. Its hash decides the split; one of
-    more than 1/200 of the input gives its last tenth to val. The manual is split by module, as in
-    finetune.py. dropped counts what is left out, by reason."""
+    """Yields (split, text) of every distinct document, cleaned. Its hash decides the split, but a
+    document longer than 1/200 of the input is cut, and its last tenth is val. The manual is split
+    by module, as in finetune.py. dropped counts the documents left out, by reason."""
     large = sum(path.stat().st_size for path in files) / 200
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
-    seen = set()  # of positions; 83 bytes of memory for each
+    seen = set()  # the hashes of all documents so far, 83 bytes each
     for source, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
         text = clean(text)
         place = position(text)
@@ -263,7 +264,7 @@ def split_documents(files, config, skip, dropped):
         seen.add(place)
         if files and len(text) > large:
             border = round(len(text) * (1 - HELD_OUT))
-            # after the last space or newline before it, if there is any
+            # after a space or a newline, so that no word is cut
             border = max(text.rfind(" ", 0, border), text.rfind("\n", 0, border)) + 1 or border
             yield "train", text[:border]
             yield "val", text[border:]
@@ -274,14 +275,14 @@ def split_documents(files, config, skip, dropped):
 
 # --- byte-pair encoding ---------------------------------------------------------------------------
 
-# GPT-2's rule for cutting text into pieces, which no token spans: endings like 's, words, numbers,
-# punctuation, each with the space before it, and whitespace. (++ is a + that never backtracks.)
+# GPT-2's rule for cutting text into pieces: endings like 's; words, numbers and punctuation, each
+# with the space before it; whitespace. No token crosses a border. (++ is a + without backtracking.)
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")
 
 
 def cut(text, length=1 << 16):
-    """Yields a text in parts that end where a word or number does: no piece spans such a point."""
+    """Yields a text in parts that end at the end of a word or number, which also ends a piece."""
     start = 0
     while start < len(text):
         border = WORD_END.search(text, start + length)
@@ -291,16 +292,11 @@ def cut(text, length=1 << 16):
 
 
 def count_pieces(texts):
-    """Cuts texts by SPLIT -> the distinct pieces, how often each occurs. A piece is a string with a
-    character for each token: at first, for each byte. So a merge is str.replace."""
-    # First words with the punctuation before them: they are few, and no piece spans a word's end.
-    words, pieces = collections.Counter(), collections.Counter()
+    """The distinct pieces of the texts, and how often each occurs. A piece is a string with one
+    character per token, at first per byte, so that a pair is merged by splitting and joining."""
+    pieces, split = collections.Counter(), regex.compile(SPLIT).findall
     for part in itertools.chain.from_iterable(map(cut, texts)):
-        words.update(re.findall(r"[\W_]*[^\W_]+|[\W_]+", part))
-    split = regex.compile(SPLIT).findall
-    for word, n in words.items():
-        for piece in split(word):
-            pieces[piece] += n
+        pieces.update(split(part))
     return [piece.encode().decode("latin-1") for piece in pieces], list(pieces.values())
 
 
@@ -308,7 +304,7 @@ def train_bpe(texts, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016; on bytes, as in Radford et al. 2019).
 
     Starts with the 256 bytes and merges the most frequent adjacent pair (in a tie, the one with the
-    smaller ids) again and again, until there are vocab_size tokens or no pair occurs twice.
+    smaller ids) repeatedly, until there are vocab_size tokens or no pair occurs twice.
     Returns {token bytes: rank}.
 
     >>> list(train_bpe(["low lower lowest"], 259))[256:]
@@ -317,32 +313,35 @@ def train_bpe(texts, vocab_size):
     pieces, counts = count_pieces(texts)
     pair_counts, pieces_with = collections.defaultdict(int), collections.defaultdict(set)
     for i, (piece, count) in enumerate(zip(pieces, counts)):
-        for pair in map(str.__add__, piece, piece[1:]):
-            pair_counts[pair] += count
-            pieces_with[pair].add(i)
+        for left, right in itertools.pairwise(piece):
+            pair_counts[left + right] += count
+            pieces_with[left + right].add(i)
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # a valid heap
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and heap[0][0] < -1 and len(tokens) < vocab_size:  # that is, a pair occurs twice
         queued, pair = heapq.heappop(heap)
-        if pair_counts[pair] < -queued:  # other merges have used some up since: queue it again
+        if pair_counts[pair] < -queued:  # earlier merges used some of them: queue it again
             heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
-        (left, right), new = pair, chr(len(tokens))
+        left, right = pair
+        new = chr(len(tokens))
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
         new_pairs = collections.defaultdict(set)  # and the pieces that contain them
-        for i in [i for i in pieces_with.pop(pair) if pair in pieces[i]]:  # others have lost it
+        for i in pieces_with.pop(pair):  # some have lost it to earlier merges: nothing changes
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
-            changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]  # xN
-            changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]  # Ny
-            changes += [(right + left, new + new) for part in parts[1:-1] if not part]  # NN in xNNy
+            # (x, left) becomes (x, new); (right, y) becomes (new, y)
+            changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]
+            changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]
+            # between two pairs without anything between them, (right, left) becomes (new, new)
+            changes += [(right + left, new + new) for part in parts[1:-1] if not part]
             for lost, gained in changes:
                 pair_counts[lost] -= count
                 pair_counts[gained] += count
                 new_pairs[gained].add(i)
         pieces_with |= new_pairs
-        for pair in new_pairs:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
+        for gained in new_pairs:
+            heapq.heappush(heap, (-pair_counts[gained], gained))
     return {token: rank for rank, token in enumerate(tokens)}
 
 
@@ -364,7 +363,7 @@ def bpe_encode(data, ranks):
 
 
 def bpe_spec(ranks):
-    """A BPE as meta.json and checkpoints keep it: its tokens by rank, one character per byte."""
+    """A BPE as meta.json and checkpoints store it: its tokens by rank, one character per byte."""
     tokens = [token.decode("latin-1") for token in ranks]
     return {"name": "bpe", "tokens": tokens, "special_tokens": [END_OF_TEXT, *ROLES]}
 
@@ -398,7 +397,7 @@ def token_bytes(tokenizer, token):
 
 
 def token_label(tokenizer, token):
-    """A token as a person can read it: escaped, as are bytes that are only part of a character."""
+    """A token in readable form: control characters and parts of characters are escaped."""
     text = token_bytes(tokenizer, token).decode(errors="surrogateescape")
     return repr(text)[1:-1].replace("\\udc", "\\x")  # byte e6 is the surrogate dce6 in text
 
@@ -414,13 +413,13 @@ ALPACA_INPUT = ", paired with an input that provides further context"
 
 
 def default_template(tokenizer):
-    """The template that fits: "roles" where they are tokens, else "alpaca", which is plain text."""
+    """ "roles" if the vocabulary has tokens for them, otherwise "alpaca", which is plain text."""
     return "roles" if tokenizer.special_tokens_set.issuperset(ROLES) else "alpaca"
 
 
 def chat_parts(messages, tokenizer, template):
-    """A conversation, [{"role", "content"}, ...], in tokens: [(tokens, is_answer), ...]. An answer
-    ends with <|endoftext|>; it is encoded apart from the text before it, as the model writes it."""
+    """A conversation, [{"role", "content"}, ...], as [(tokens, is_answer), ...]. An answer ends with
+    <|endoftext|>; it is encoded separately from the text before it, as the model writes it."""
     parts = []
     for message in messages:
         role, content = message["role"], clean(message["content"])
@@ -430,12 +429,13 @@ def chat_parts(messages, tokenizer, template):
         else:
             header = ALPACA[role]
             if role == "user" and not parts:  # the conversation starts here
-                more = ALPACA_INPUT * ("### Input:\n" in content)
+                more = ALPACA_INPUT if "### Input:\n" in content else ""
                 header = ALPACA_PREAMBLE.format(more) + header
-            content += "" if is_answer else "\n\n"
+            if not is_answer:
+                content += "\n\n"
         header = tokenizer.encode(header, allowed_special="all")
-        tokens = tokenizer.encode_ordinary(content)
-        parts += [(header, False), (tokens + [tokenizer.eot_token] * is_answer, is_answer)]
+        end = [tokenizer.eot_token] if is_answer else []
+        parts += [(header, False), (tokenizer.encode_ordinary(content) + end, is_answer)]
     return parts
 
 
@@ -447,15 +447,15 @@ def chat_prompt(messages, tokenizer, template):
 
 # --- tokenizers in Hugging Face's format ----------------------------------------------------------
 
-# GPT-2's files spell each byte as a visible character: Latin-1's, or where that is a space or a
-# control character, the next one from 256 on.
+# GPT-2's files spell each byte as a visible character: Latin-1's, or if that is a space or a control
+# character, the next unused one from 256 on.
 OTHER = map(chr, itertools.count(256))
 VISIBLE = "".join(c if c.isprintable() and c != " " else next(OTHER) for c in map(chr, range(256)))
 
 
 def save_tokenizer(spec, folder):
-    """Writes tokenizer.json. Its merges are recovered: a token, encoded with only those before it,
-    falls into the two that it was merged from."""
+    """Writes tokenizer.json. Its merges are recovered: a token, encoded with only the tokens before
+    it, splits into the two that it was merged from."""
     tokenizer = build_tokenizer(spec)
     ranks, special = tokenizer._mergeable_ranks, tokenizer._special_tokens
     if tokenizer._pat_str != SPLIT or len(ranks) + len(special) != tokenizer.n_vocab:
@@ -463,8 +463,9 @@ def save_tokenizer(spec, folder):
     earlier, vocab, merges = {}, {}, []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [part.decode("latin-1").translate(VISIBLE) for part in bpe_encode(token, earlier)]
-        vocab["".join(parts)] = earlier[token] = rank
-        merges += [parts] if len(token) > 1 else []
+        earlier[token] = vocab["".join(parts)] = rank
+        if len(parts) > 1:
+            merges.append(parts)
     how = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
     added = [{"id": i, "content": name, "special": True, **how} for name, i in special.items()]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -488,7 +489,7 @@ def read_tokenizer(folder):
         split = {"use_regex": True, "add_prefix_space": True, **(whole["pre_tokenizer"] or {})}
         how = (split.get("type"), split["use_regex"], split["add_prefix_space"])
         if how != ("ByteLevel", True, False) or whole.get("normalizer"):
-            raise ValueError("it does not cut text as GPT-2's does")
+            raise ValueError("its pre-tokenizer or normalizer is not GPT-2's")
         vocab = whole["model"]["vocab"] | {t["content"]: t["id"] for t in whole["added_tokens"]}
         merges = ["".join(pair).replace(" ", "") for pair in whole["model"]["merges"]]
         names, count = sorted(vocab, key=vocab.get), 256 + len(merges)
@@ -502,6 +503,7 @@ def tokenizer_of(checkpoint, path):
     """The spec of a checkpoint's tokenizer: the one in it, or in its folder, or else GPT-2's."""
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
+    # gpt2 is a name, whose parent would be the current folder
     spec = checkpoint.get("tokenizer") or (path.exists() and read_tokenizer(folder))
     return spec or {"name": "gpt2"}
 
@@ -510,7 +512,8 @@ def tokenizer_of(checkpoint, path):
 
 
 def write_shards(documents, tokenizer, folder):
-    """Writes (split, text), each with <|endoftext|> after it, as shards named .tmp; -> meta.json."""
+    """Encodes documents, (split, text), and writes them as shards named .tmp, with <|endoftext|>
+    after each. Returns what meta.json says about them."""
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
@@ -524,11 +527,12 @@ def write_shards(documents, tokenizer, folder):
         waiting[split] = []
 
     encode = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
+    # "" marks the end of a document
     parts = ((split, part) for split, text in documents for part in (*cut(text), ""))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         while batch := list(itertools.islice(parts, 512)):
             for (split, text), tokens in zip(batch, pool.map(encode, [text for _, text in batch])):
-                tokens = tokens if text else [tokenizer.eot_token]  # "" ends a document
+                tokens = tokens if text else [tokenizer.eot_token]
                 stats = splits[split]
                 stats["tokens"] += len(tokens)
                 stats["bytes"] += len(text.encode())
@@ -536,14 +540,15 @@ def write_shards(documents, tokenizer, folder):
                 waiting[split].append(np.array(tokens, dtype))
                 if stats["tokens"] >= SHARD_TOKENS * (len(stats["shards"]) + 1):
                     flush(split)
-    for split in filter(waiting.get, splits):
-        flush(split)
+    for split in splits:
+        if waiting[split]:
+            flush(split)
     sizes = {"vocab_size": tokenizer.n_vocab, "eot_token": tokenizer.eot_token, "dtype": dtype}
     return {"format": 2, **sizes, "digest": digest.hexdigest(), "splits": splits}
 
 
 def old_shards(folder):
-    """The shards of an earlier run in this folder, which the new ones will replace."""
+    """The shards of an earlier run in this folder, to be replaced by new ones."""
     path, names = folder / "meta.json", []
     if path.exists():
         with damaged(f"{path} (delete it, or name another folder)"):
@@ -553,7 +558,7 @@ def old_shards(folder):
 
 
 def install(meta, folder, old):
-    """Replaces the old shards with the finished ones. After a crash midway, open_data refuses."""
+    """Replaces the old shards with the finished ones. If this is interrupted, open_data raises."""
     for path in (folder / "meta.json", *old):
         path.unlink(missing_ok=True)
     for split in meta["splits"].values():
@@ -567,8 +572,8 @@ def open_data(folder):
     path = pathlib.Path(folder, "meta.json")
     if not path.exists():
         text, out = (folder, "data/NAME") if os.path.isfile(folder) else ("YOUR_TEXT", folder)
-        hint = f"python prepare_data.py {text} --out={out} makes a data folder"
-        raise FileNotFoundError(f"--data={folder} has no prepared data (meta.json): {hint}")
+        hint = f"make a data folder with python prepare_data.py {text} --out={out}"
+        raise FileNotFoundError(f"--data={folder} has no prepared data (meta.json); {hint}")
     with damaged(f"{folder} (run prepare_data.py again)"):
         meta = json.loads(path.read_bytes())
         if meta["format"] != 2:
@@ -588,10 +593,13 @@ def open_data(folder):
 
 
 def train_tokenizer(documents, size, config):
-    """The spec of a BPE that is trained on the training split, or if that is large, on a sample."""
+    """The spec of a BPE trained on the training split, or on a sample of it if it is large. size is
+    that of the input in bytes."""
     fraction = config.bpe_sample_mb * 1e6 / max(1, size)
     texts = (text for split, text in documents if split == "train")
-    sample = (part for text in texts for part in cut(text) if position(part) <= fraction)
+    parts = (part for text in texts for part in cut(text))
+    # the hash of a whole document has chosen its split already, so this one must differ
+    sample = (part for part in parts if position(f"sample {part}") <= fraction)
     ranks = train_bpe(sample, config.vocab_size)
     if len(ranks) < config.vocab_size:
         print(f"vocab_size is {len(ranks)}: no other pair in this text occurs twice")
@@ -614,11 +622,11 @@ def with_progress(documents, label):
 def prepare(inputs, config):
     """Writes the data folder and prints a summary."""
     folder, skipped, dropped = pathlib.Path(config.out), [], collections.Counter()
-    old = old_shards(folder)  # a folder that is not ours is reported before the long work
+    old = old_shards(folder)  # reports a folder that is not ours before any slow work
     files = find_files(inputs, skipped.append)
     if inputs and not files:
         raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files found")
-    if config.tokenizer == "bpe":  # a first pass, which leaves the report to the second
+    if config.tokenizer == "bpe":  # the second pass reports what is skipped and dropped
         documents = split_documents(files, config, lambda reason: None, collections.Counter())
         size = sum(path.stat().st_size for path in files)
         spec = train_tokenizer(with_progress(documents, "reading"), size, config)
@@ -632,7 +640,7 @@ def prepare(inputs, config):
     try:
         meta = write_shards(with_progress(documents, "encoding"), tokenizer, folder)
         if not all(split["bytes"] for split in meta["splits"].values()):
-            raise ValueError(skipped[0] if skipped else "too little text to hold out a tenth of it")
+            raise ValueError(skipped[0] if skipped else "not enough text to hold out a tenth of it")
         install({**meta, "tokenizer": spec, "sources": sources}, folder, old)
     finally:
         for path in folder.glob("*.npy.tmp"):
@@ -662,7 +670,7 @@ def main(argv=None):
 
 def flag_parser(config_class, docs):
     """A parser with a flag for every field of a dataclass, whose comment is the help text."""
-    # an error is one line because there is no usage to print before it
+    # without a usage line, errors fit on one line
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=docs, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     source = "".join(inspect.getsource(c) for c in reversed(config_class.__mro__[:-1]))
@@ -710,7 +718,7 @@ def script(main):
 
 
 def lock(folder):
-    """Creates the folder if needed and keeps other runs out until the returned file is closed."""
+    """Creates the folder if needed; locks it against other runs until the returned file closes."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
     try:

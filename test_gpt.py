@@ -464,12 +464,14 @@ def test_every_kind_of_file_gives_its_documents():
         "a/c.md": "four",
         "a/d.json": '[{"text": "five"}, {"text": "six"}]',
         "a/e.htm": "<title>n</title><p>seven &eacute;<script>n</script> <b>x</b>y</p><pre> z</pre>",
-        "a/f": "<!DOCTYPE html><svg>no</svg>eight",
+        "a/f": "\ufeff<!DOCTYPE html><svg>no</svg>eight",
         "a/g.JSON": '{"text": "nine"}\n{"text": "ten"}',  # JSON Lines, whatever the name says
         "a/.hidden": "no",
         "a/.folder/x": "no",
     }
     write_files(files)
+    os.symlink("nowhere", "a/broken")
+    os.mkfifo("a/pipe")
     expected = ["zero", "one", "two", "three", "four", "five", "six", "seven é xy\n\n z", "eight"]
     assert documents_of("b.txt", "a") == [*expected, "nine", "ten"]
 
@@ -551,6 +553,12 @@ def test_the_bpe_is_trained_on_a_sample_spread_over_the_training_text(monkeypatc
     assert 0.75 < len("".join(counted)) / 1e6 / 0.9 < 1.25  # a tenth is held out
     assert set(counted) <= set(documents_in(meta)["train"])
     assert set(counted) & set(texts[:100]) and set(counted) & set(texts[200:])
+    documents = [
+        ("train", text) for text in map(str, range(9000)) if prepare_data.position(text) >= 0.1
+    ]
+    counted.clear()
+    prepare_data.train_tokenizer(documents, 2e8, prepare_data.PrepareConfig())
+    assert 0.04 < len(counted) / len(documents) < 0.06
 
 
 @pytest.mark.parametrize("n, dtype", [(65_536, "uint16"), (65_537, "uint32")])
@@ -1617,7 +1625,7 @@ def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
 
 LARGE = "9" * 400
 IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
-    (prepare_data, "too little text", "blank.txt"),
+    (prepare_data, "not enough text", "blank.txt"),
     (prepare_data, "binary.txt.*utf-8", "binary.txt"),
     (prepare_data, "latin.txt.*position 3.*iconv", "latin.txt"),
     (prepare_data, "broken.json.*line 2", "broken.json"),
