@@ -5,10 +5,10 @@
     python finetune.py --task=classify --data=spam.tsv --out_dir=out/spam --train=lora
     python finetune.py --task=classify --init_from=out/spam --predict="You won! Call 09061701461"
     python finetune.py --task=instruct --init_from=gpt2 --data=instructions.json
-    python finetune.py --task=choice --data=hellaswag.jsonl             # only measures
+    python finetune.py --task=choice --data=hellaswag.jsonl             # evaluation only
     python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
     python finetune.py --task=reward --init_from=out/instruct           # score answers
-    python finetune.py --task=ppo --init_from=out/instruct              # write what scores high
+    python finetune.py --task=ppo --init_from=out/instruct              # write answers that score high
     python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
 
 The loop is train.train(). A task turns a row of a file into an example, and a batch of examples
@@ -20,6 +20,7 @@ import copy
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -34,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
 from gpt import GPT, load_checkpoint, next_token_losses
-from prepare_data import clean, damaged, library_docstrings, position, write_file
+from prepare_data import ALPACA, clean, damaged, library_docstrings, position, write_file
 from train import Machine, RunConfig, check_counts, format_metrics, load_run, perplexity, train
 
 
@@ -46,35 +47,49 @@ class FinetuneConfig(RunConfig):
     data: str = ""  # examples: .jsonl, .json, .csv, .tsv (default: made from Python's manual)
     val: str = ""  # examples for validation (default: a tenth of data)
     test: str = ""  # examples for the test (default: a tenth of data)
-    eval_only: bool = False  # measure all examples of data, without training
+    eval_only: bool = False  # evaluate on all of data, without training
     train: str = "all"  # weights to train: all, last_block, head (classify, reward) or lora
     lora_rank: int = 8  # rank of the matrices that LoRA adds
     lora_alpha: float = 16.0  # LoRA's product is scaled by alpha / rank
     lora_dropout: float = 0.0  # on the input of LoRA's product
-    block_size: int = 0  # new context length; a longer one trains the positions (0: the model's)
+    block_size: int = 0  # new context length; if longer, wpe is trained, too (0: the model's)
     dropout: float = 0.0  # on embeddings and residual branches
-    min_lr: float = 0.0  # the lowest, at the end of the cosine decay
-    weight_decay: float = 0.0  # of matrices; it would erode what the examples do not train
-    # 0 means the task's own default
-    batch_size: int = 0  # examples in a micro-batch; for ppo and grpo, prompts in a step
-    learning_rate: float = 0.0  # the highest (0: the task's, lower for wider models)
-    epochs: float = 0.0  # passes through the examples
+    min_lr: float = 0.0  # final, reached at the end of the decay
+    weight_decay: float = 0.0  # 0, so that what the examples do not use stays as it is
+    # some tasks have other defaults
+    batch_size: int = 8  # examples per micro-batch; for ppo and grpo, prompts per step
+    learning_rate: float = 0.0  # peak, reached after warmup (0: the task's, lower for wider models)
+    epochs: float = 3.0  # passes through the examples; not for ppo and grpo
     max_iters: int = 0  # steps (0: as many as epochs take)
     eval_interval: int = 0  # steps between evaluations (0: an epoch)
-    log_interval: int = 0  # steps between lines of output
-    max_new_tokens: int = 0  # the longest answer that is sampled
+    log_interval: int = 50  # steps between progress lines
+    max_new_tokens: int = 128  # maximum length of an answer
     # classify
     text_field: str = "text"  # column with the text
     label_field: str = "label"  # column with the label
     lm_weight: float = 0.5  # weight of the next-token loss, added to the label's
     balance: bool = False  # downsample every label to the size of the rarest
-    predict: str = ""  # a text to classify, or for reward an answer to score; no training
+    predict: str = ""  # classify this text, or for reward score this answer, and exit
     # conversations
     template: str = ""  # of prompts: roles or alpaca (default: roles if the vocabulary has them)
     loss_on_prompt: bool = False  # for instruct: learn the prompts, too
     beta: float = 0.1  # for dpo, ppo, grpo: the penalty for drifting from the reference model
     reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
-    group_size: int = 0  # for ppo and grpo: answers to a prompt (0: 1 for ppo, 8 for grpo)
+    group_size: int = 1  # for ppo and grpo (8): answers per prompt
+
+
+# where the tasks differ; the learning rates are for a model that is 128 wide
+SAMPLING = {"learning_rate": 1e-4, "max_iters": 100, "eval_interval": 10, "log_interval": 1}
+SAMPLING |= {"max_new_tokens": 48}
+TASK_DEFAULTS = {
+    "classify": {"learning_rate": 1e-3, "epochs": 5.0},
+    "instruct": {"learning_rate": 5e-4, "epochs": 2.0},
+    "choice": {"eval_only": True},
+    "dpo": {"learning_rate": 1e-4},
+    "reward": {"learning_rate": 1e-3},
+    "ppo": {**SAMPLING, "batch_size": 32},
+    "grpo": {**SAMPLING, "group_size": 8},
+}
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -82,12 +97,13 @@ class FinetuneConfig(RunConfig):
 
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / rank) B A x, where W is frozen and only the small A and B are trained (Hu
-    et al. 2021, section 4.1). B starts as 0, so nothing changes at first. Replaces a linear layer,
-    whose weight and bias it shares."""
+    et al. 2021, section 4.1). B starts at zero, so nothing changes at first. Replaces a linear
+    layer, whose weight and bias it shares and freezes."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
-        super().__init__(linear.in_features, linear.out_features, device="meta")
+        super().__init__(linear.in_features, linear.out_features, device="meta")  # no memory
         self.weight, self.bias = linear.weight, linear.bias
+        self.requires_grad_(False)
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -117,24 +133,19 @@ def merged_weights(gpt):
 
 # --- what all tasks share -------------------------------------------------------------------------
 
-# where the config has 0; the learning rate is for a model that is 128 wide
-DEFAULTS = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 8, "log_interval": 50}
-DEFAULTS |= {"max_new_tokens": 128}
-
 
 class Task:
     """The part of train()'s interface that all tasks share. Each task adds
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
-                      "text": what it is about, and more}
+                      "text": the text or prompt, and more}
     terms(examples)   -> {name: (N,)}: training minimizes the mean of "loss"; an evaluation reports
                       the mean of each
     """
 
-    defaults = DEFAULTS
-    columns = ("output",)  # of a row, which hold its answers
+    columns = ("output",)  # those that hold a row's answers
     labels = None
-    has_head = False  # that scores or classifies, where other tasks write answers
+    has_head = False  # the result is a label or a score, not text
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
 
     def __init__(self, config, machine, checkpoint):
@@ -160,7 +171,7 @@ class Task:
         """Override to add anything beyond the model and the examples."""
 
     def read(self, path):
-        """Yields (where, row) of a file, or without one, of the default examples."""
+        """Yields (where, row) of a file or, without one, of the default examples."""
         return read_rows(path) if path else manual_answers()
 
     def encoded(self, path):
@@ -173,17 +184,17 @@ class Task:
 
     def read_examples(self):
         """{"train", "val", "test": examples}. Files for val and test are kept whole; without them,
-        split_of holds out a tenth of data for each."""
+        split_of holds out a tenth of data for each. No group or text is in two splits."""
         config, splits = self.config, {"train": [], "val": [], "test": []}
         for example in self.encoded(config.data):
             splits[split_of(example["group"], config)].append(example)
-        held_out = set()  # groups and texts
+        held_out = set()  # the groups and texts of the splits before
         for split, path in {"test": config.test, "val": config.val, "train": ""}.items():
             new = [e for e in splits[split] if held_out.isdisjoint((e["group"], e["text"]))]
             splits[split] = list(self.encoded(path)) if path and not config.eval_only else new
             held_out |= {e[key] for e in splits[split] for key in ("group", "text")}
         counts = {split: len(examples) for split, examples in splits.items()}
-        print(f"examples: {counts}; {self.too_long} were truncated to the context")
+        print(f"examples: {counts}; {self.too_long} rows were truncated to fit the context")
         needed = ("test",) if config.eval_only else ("train", "val")
         if not all(counts[split] for split in needed):
             raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
@@ -196,7 +207,8 @@ class Task:
         return {**example, "rows": rows}
 
     def row(self, messages, answer):
-        """A conversation -> idx, targets: see to_row. A pair teaches its last answer only."""
+        """A conversation -> idx, targets: see to_row. Of a preference pair, only the last answer
+        is learned."""
         messages = [*messages, {"role": "assistant", "content": answer}]
         parts = prepare_data.chat_parts(messages, self.tokenizer, self.template)
         self.too_long += sum(len(part) for part, _ in parts) > self.block_size
@@ -207,8 +219,8 @@ class Task:
         return to_row(parts, self.block_size)
 
     def collate(self, examples):
-        """Their rows -> idx and targets, (R, T), padded at the end, which causal attention ignores,
-        and the index of each row's last token, (R,)."""
+        """The rows of these examples -> idx and targets, (R, T), padded at the end, which causal
+        attention ignores, and the index of each row's last token, (R,)."""
         rows = [map(torch.tensor, row) for example in examples for row in example["rows"]]
         idx, targets = zip(*rows)
         last = torch.tensor([len(row) - 1 for row in idx])
@@ -231,8 +243,7 @@ class Task:
             with damaged(config.init_from):
                 head.load_state_dict(start["head"])
         elif self.has_head and (config.predict or config.eval_only):  # not PPO's critic
-            hint = f"--task={config.task} trains one"
-            raise ValueError(f"{config.init_from}: no head for this task; {hint}")
+            raise ValueError(f"{config.init_from} has no head; train one: --task={config.task}")
 
     def apply_head(self, x):
         """In float32: bfloat16 would round scores to steps of about 0.03."""
@@ -240,7 +251,7 @@ class Task:
             return self.model["head"](x.float())
 
     def scores_of(self, examples):
-        """What the head says of each row, (R, outputs)."""
+        """The head's output for each row, (R, outputs)."""
         idx, _, last = self.collate(examples)
         return self.apply_head(self.gpt.hidden(idx)[torch.arange(len(idx)), last])
 
@@ -255,27 +266,29 @@ class Task:
             add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
         if self.block_size > self.start["config"]["block_size"]:
             gpt.transformer.wpe.requires_grad_(True)
-        # found by trial: for instructions, 5e-4 at width 128, 3e-5 at GPT-2's 768; LoRA needs more
-        rate = self.defaults["learning_rate"] * (3 if config.train == "lora" else 1)
+        # tuned: for instructions, 5e-4 at width 128 and 3e-5 at GPT-2's 768; LoRA needs more
+        rate = TASK_DEFAULTS[config.task]["learning_rate"] * (3 if config.train == "lora" else 1)
         config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
-        self.lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
+        lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
+        self.lengths = np.array(lengths)
         per_step = config.batch_size * max(1, config.gradient_accumulation_steps)
         per_epoch = math.ceil(len(self.lengths) / per_step)
         config.eval_interval = config.eval_interval or per_epoch
         config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
         check_counts(config)
-        sizes = [(p.numel(), p.numel() * p.requires_grad) for p in self.model.parameters()]
-        total, trained = map(sum, zip(*sizes))
+        total = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
         print(f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}")
 
     def updates(self, state):
-        yield self.losses(state)
+        yield self.micro_losses(state)  # one update per step
 
-    def losses(self, state):
-        """Yields a loss for each micro-batch; their sum is the mean over all losses of the step."""
-        config, first = self.config, state["examples"] // self.config.batch_size
-        self.model.train()  # evaluation has turned dropout off
+    def micro_losses(self, state):
+        """Yields a loss for each micro-batch, divided so that they add up to the step's mean."""
+        config = self.config
+        first = state["examples"] // config.batch_size
+        self.model.train()  # evaluation turned dropout off
         batches = [self.batch(first + i) for i in range(config.gradient_accumulation_steps)]
         total = sum(self.count(example) for batch in batches for example in batch)
         for batch in batches:
@@ -317,7 +330,7 @@ class Task:
             self.model["head"].load_state_dict(best["head"])
 
     def in_batches(self, examples, function):
-        """[what function returns for each batch], with dropout off and without gradients."""
+        """[function(batch) for each batch], with dropout off and without gradients."""
         self.model.eval()
         size = 2 * self.config.batch_size
         with torch.no_grad(), self.machine.autocast():
@@ -331,25 +344,26 @@ class Task:
         return {f"val_{name}": mean for name, mean in self.measure("val").items()}
 
     def report(self, folder=None):
-        """Prints what the model does on held-out examples; may write files into folder."""
+        """Prints metrics on held-out examples; with a folder, may also write files there."""
         for split in filter(self.splits.get, ("val", "test")):
             print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
 
     def prompt(self, messages):
-        """Tokenizes a conversation; of a long one, only the end, to leave room for an answer."""
+        """Tokenizes a conversation, keeping only the end of a long one, to leave room to answer."""
         limit = self.block_size - min(self.config.max_new_tokens, self.block_size // 2)
         return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
 
     def answers(self, prompts, temperature=1.0):
-        """The model's answers to these prompts, in tokens, up to and with the end token."""
+        """The model's answers to these prompts, in tokens, up to and including the end token."""
         answers = {}
-        for length in sorted(set(map(len, prompts))):  # in one batch: no padding before answers
+        for length in sorted(set(map(len, prompts))):  # prompts of equal length need no padding
             some = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) == length}
             (idx,) = self.machine.put(torch.tensor([*some.values()]))
             limits = (self.config.max_new_tokens, temperature)
             steps = self.gpt.eval().generate(idx, *limits, stop_token=self.end)
             for i, tokens in zip(some, torch.stack([*steps], dim=1).tolist()):
-                answers[i] = tokens[: [*tokens, self.end].index(self.end) + 1]
+                end = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
+                answers[i] = tokens[:end]
         return [answers[i] for i in range(len(prompts))]
 
     def text(self, answer):
@@ -357,12 +371,11 @@ class Task:
         return b"".join(data).decode(errors="replace")
 
     def write_answers(self, name, folder=None):
-        """Adds the most likely answers to up to 100 held-out prompts to the examples, under this
-        name. With a folder, writes them to responses.jsonl."""
+        """Greedily answers some held-out prompts and stores each answer as example[name]. With a
+        folder, writes the examples to responses.jsonl."""
         if self.has_head:
             return
-        held_out = self.splits["test"] or self.splits["val"]
-        examples = held_out[:: math.ceil(len(held_out) / 100)]
+        examples = up_to_100(self.splits["test"] or self.splits["val"])
         answers = self.answers([self.prompt(e["messages"]) for e in examples], temperature=0)
         for example, answer in zip(examples, answers):
             example[name] = self.text(answer)
@@ -374,10 +387,16 @@ class Task:
             write_file(folder / "responses.jsonl", text.encode())
 
 
+def up_to_100(examples):
+    """At most 100 examples, evenly spaced."""
+    return examples[:: math.ceil(len(examples) / 100)]
+
+
 def token_log_probs(gpt, idx, targets):
-    """log p of each target, (R, T), 0 where there is none, and the states that predict them,
-    (R, T, C). The sum of a row is the log p of its answer."""
-    mask, x = targets != -100, gpt.hidden(idx)
+    """Returns log p of each target, (R, T), 0 where there is none, and the states that predict
+    them, (R, T, C). The sum over a row is the log p of its answer."""
+    mask = targets != -100
+    x = gpt.hidden(idx)
     log_probs = -next_token_losses(gpt.lm_head, x[mask], targets[mask])
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs), x
 
@@ -389,7 +408,6 @@ class Classify(Task):
     """Texts to labels: cross-entropy of the label, plus lm_weight times the next-token loss on the
     text, which helps when examples are few (Radford et al. 2018, equation 5)."""
 
-    defaults = DEFAULTS | {"epochs": 5}
     has_head = True
     curves = ("label_loss", "val_loss")
 
@@ -402,11 +420,11 @@ class Classify(Task):
             by_label = [[e for e in train if e["label"] == label] for label in labels]
             self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
         self.add_head(len(self.labels), std=0.02)
-        for example in (e for examples in self.splits.values() for e in examples):
-            if example["label"] not in self.labels:
-                raise ValueError(f"no training example has the label {example['label']!r}")
         if len(self.labels) < 2:
             raise ValueError(f"at least two labels are needed; found {self.labels}")
+        for example in itertools.chain(*self.splits.values()):
+            if example["label"] not in self.labels:
+                raise ValueError(f"no training example has the label {example['label']!r}")
 
     def read(self, path):
         columns = (self.config.label_field, self.config.text_field)
@@ -420,7 +438,8 @@ class Classify(Task):
         return {"rows": rows, "text": text, "label": label}
 
     def terms(self, examples):
-        config, (idx, targets, last) = self.config, self.collate(examples)
+        config = self.config
+        idx, targets, last = self.collate(examples)
         labels = torch.tensor([self.labels.index(e["label"]) for e in examples], device=idx.device)
         x = self.gpt.hidden(idx)
         scores = self.apply_head(x[torch.arange(len(x)), last])
@@ -435,7 +454,8 @@ class Classify(Task):
         return {"loss": loss, "label_loss": label_loss, "accuracy": accuracy}
 
     def report(self, folder=None):
-        rows, n = [["split", "text", "label", "predicted", "probability"]], len(self.labels)
+        rows = [["split", "text", "label", "predicted", "probability"]]
+        n = len(self.labels)
         for split in filter(self.splits.get, ("val", "test")):
             examples = self.splits[split]
             scores = torch.cat(self.in_batches(examples, self.scores_of)).cpu()
@@ -467,8 +487,6 @@ class Classify(Task):
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the tokens of the answers alone."""
 
-    defaults = DEFAULTS | {"learning_rate": 5e-4, "epochs": 2}
-
     def count(self, example):
         return sum(target != -100 for target in example["rows"][0][1])
 
@@ -486,14 +504,16 @@ class Choice(Task):
     """Which ending of a text is most likely? In the format of HellaSwag (Zellers et al. 2019)."""
 
     def encode(self, row):
-        text, endings, label = row["ctx"], row["endings"], int(row["label"])
+        text, endings, label = text_of(row, "ctx"), row["endings"], int(row["label"])
         if len(endings) < 2 or label not in range(len(endings)):
             raise ValueError(f"label {label}, but {len(endings)} endings")
-        start = [self.end, *self.tokenizer.encode_ordinary(clean(text))]
-        endings = [" " + ending.strip() for ending in endings]
-        parts = [[(start, False), (self.tokenizer.encode_ordinary(e), True)] for e in endings]
-        rows = [to_row(part, self.block_size) for part in parts]
-        lengths = [len(ending.encode()) for ending in endings]
+        start = [self.end, *self.tokenizer.encode_ordinary(text)]
+        rows, lengths = [], []
+        for ending in endings:
+            ending = " " + ending.strip()
+            parts = [(start, False), (self.tokenizer.encode_ordinary(ending), True)]
+            rows.append(to_row(parts, self.block_size))
+            lengths.append(len(ending.encode()))
         return {"rows": rows, "text": text, "label": label, "lengths": lengths}
 
     def terms(self, examples):
@@ -523,7 +543,6 @@ class DPO(Task):
     """Makes the chosen answers more likely than the rejected, but stays close to the reference."""
 
     columns = ("chosen", "rejected")
-    defaults = DEFAULTS | {"learning_rate": 1e-4}
 
     def set_up(self):
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
@@ -542,13 +561,13 @@ class DPO(Task):
 class Reward(Task):
     """Scores answers; higher is better: Bradley-Terry, −log σ(r_chosen − r_rejected) (Ouyang
     et al. 2022, equation 1). In best.pt, and so in the final report, the scores of the training
-    answers have mean 0 and standard deviation 1."""
+    answers have mean 0 and standard deviation 1, which gives ppo and grpo a known scale."""
 
     columns = ("chosen", "rejected")
     has_head = True
 
     def set_up(self):
-        # Stiennon et al. 2020, appendix B.1
+        # the initialization of Stiennon et al. 2020, appendix B.1
         self.add_head(1, std=1 / math.sqrt(self.gpt.config.n_embd + 1))
 
     def terms(self, examples):
@@ -589,7 +608,7 @@ UNFINISHED = -1.0  # added to the score of an answer that does not end
 
 
 def clipped_loss(log_probs, old_log_probs, advantages):
-    """The clipped objective, negated: Schulman et al. 2017, equation 7; and the clipped share."""
+    """Schulman et al. 2017, equation 7, negated; and the fraction that was clipped."""
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
     losses = -torch.min(ratio * advantages, clipped * advantages)
@@ -599,15 +618,13 @@ def clipped_loss(log_probs, old_log_probs, advantages):
 class GRPO(Task):
     """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): makes answers that a
     reward model scores higher more likely, but stays close to the reference, the model at the
-    start. Several answers to a prompt are sampled and compared: A_i = (s_i − mean s) / std s. This
-    suits cheap sampling; PPO, whose critic learns from every answer, long or expensive answers."""
+    start. Several answers to a prompt are sampled and compared: A_i = (s_i − mean s) / std s. GRPO
+    suits cheap sampling; PPO, whose critic learns from every answer, suits expensive answers."""
 
-    defaults = DEFAULTS | {"learning_rate": 1e-4, "max_new_tokens": 48}
-    defaults |= {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "group_size": 8}
     curves = ("score", "val_score")
 
     def set_up(self):
-        path = self.config.reward_model  # predict: it needs the head but no examples
+        path = self.config.reward_model  # with predict, it loads its head and reads no examples
         reward = FinetuneConfig(task="reward", init_from=path, predict="-", batch_size=16)
         self.score = Reward(reward, self.machine, load_checkpoint(path)).score
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
@@ -619,9 +636,9 @@ class GRPO(Task):
         return {**example, "rows": [(self.prompt(example["messages"]), [])]}
 
     def respond(self, examples):
-        """Samples an answer to each from the policy π as it is, without top_k or top_p -> idx,
-        targets (B, T); scores, and whether the answers end, (B,); log π and log ρ of the targets,
-        (B, T), where ρ is the reference; and the states of π, (B, T, C)."""
+        """Samples an answer to each from the policy π, without top_k or top_p. Returns idx and
+        targets, (B, T); scores, whether the answers ended, and kl, (B,); log π and log ρ of the
+        targets, (B, T), where ρ is the reference; and the states of π, (B, T, C)."""
         prompts = [e["rows"][0][0] for e in examples]
         answers = self.answers(prompts)
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
@@ -629,97 +646,102 @@ class GRPO(Task):
         scores = self.score(texts) + UNFINISHED * ~ended
         parts = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
-        with torch.no_grad(), self.machine.autocast():  # dropout is off since answers()
+        with torch.no_grad(), self.machine.autocast():  # answers() turned dropout off
             log_probs, x = token_log_probs(self.gpt, idx, targets)
             reference, _ = token_log_probs(self.reference, idx, targets)
-        return idx, targets, *self.machine.put(scores, ended), log_probs, reference, x
+        (scores,) = self.machine.put(scores)
+        kl = (log_probs - reference).sum(1)  # an estimate; its mean over samples is the KL
+        sampled = {"idx": idx, "targets": targets, "scores": scores, "ended": ended, "kl": kl}
+        return sampled | {"log_probs": log_probs, "reference": reference, "x": x}
 
     def updates(self, state):
-        # train() has seeded this step
         examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
-        idx, targets, scores, ended, log_probs, reference, x = self.respond(examples)
-        mask = targets != -100
-        judged = self.judge(scores, mask, log_probs, reference, x)
-        tensors = (idx, targets, log_probs, *judged)
+        sampled = self.respond(examples)  # reproducible, as train() seeds every step
+        mask = sampled["targets"] != -100
+        tensors = [sampled[name] for name in ("idx", "targets", "log_probs")]
+        tensors += self.credit(mask, **sampled)
         self.model.train()
         for _ in range(PASSES):
-            for part in torch.randperm(len(idx)).tensor_split(min(PARTS, len(idx))):
+            for part in torch.randperm(len(mask)).tensor_split(min(PARTS, len(mask))):
                 with self.machine.autocast():
                     yield [self.loss(*(tensor[part] for tensor in tensors))]
-        kl = (log_probs - reference).sum(1)  # an estimate; its mean over samples is the KL
-        self.record(score=scores, kl=kl, length=mask.sum(1), ended=ended)
+        means = {name: sampled[name] for name in ("kl", "ended")}
+        self.record(score=sampled["scores"], length=mask.sum(1), **means)
         state["examples"] += len(examples)
         state["tokens"] += int(mask.sum())
 
-    def loss(self, idx, targets, old_log_probs, advantages, extra_targets):
+    def measure(self, split):
+        """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
+        torch.manual_seed(0)  # the same samples in every evaluation; train() seeds again
+        sampled = self.respond(up_to_100(self.splits[split]))
+        score, kl = sampled["scores"].mean().item(), sampled["kl"].mean().item()
+        return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
+
+    def policy_loss(self, idx, targets, old_log_probs, advantages):
+        """-> the clipped loss; log π of the targets, (N,), and the states that predict them, (N, C),
+        without the places that have no target."""
         mask = targets != -100
         log_probs, x = token_log_probs(self.gpt, idx, targets)
         loss, clipped = clipped_loss(log_probs[mask], old_log_probs[mask], advantages[mask])
-        name, extra, weight = self.extra_loss(extra_targets[mask], log_probs[mask], x[mask])
-        self.record(**{"clipped": clipped, name: extra})
-        return loss + weight * extra
+        self.record(clipped=clipped)
+        return loss, log_probs[mask], x[mask]
 
-    def measure(self, split):
-        """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
-        torch.manual_seed(0)
-        _, _, scores, _, log_probs, reference, _ = self.respond(self.splits[split][:100])
-        score, kl = scores.mean().item(), (log_probs - reference).sum(1).mean().item()
-        return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
-
-    def judge(self, scores, mask, log_probs, reference, x):
-        """-> advantages, the same for all tokens of an answer, and the targets of extra_loss(),
-        here log ρ, (B, T)."""
+    def credit(self, mask, scores, reference, **sampled):
+        """-> the last arguments of loss(), (B, T): advantages, equal for all tokens of an answer,
+        and log ρ."""
         groups = scores.view(-1, self.config.group_size)
         advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         return advantages.view(-1, 1) * mask, reference
 
-    def extra_loss(self, reference, log_probs, x):
-        """-> name, value and weight of a second loss: here the KL from the reference, in an
-        estimate that is never negative (equation 4)."""
-        log_ratio = reference - log_probs  # log ρ/π
-        return "kl_loss", (log_ratio.exp() - log_ratio - 1).mean(), self.config.beta
+    def loss(self, idx, targets, old_log_probs, advantages, reference):
+        """The clipped loss plus β times the KL from the reference, in an estimate that is never
+        negative (equation 4)."""
+        loss, log_probs, _ = self.policy_loss(idx, targets, old_log_probs, advantages)
+        log_ratio = reference[targets != -100] - log_probs  # log ρ/π
+        kl_loss = (log_ratio.exp() - log_ratio - 1).mean()
+        self.record(kl_loss=kl_loss)
+        return loss + self.config.beta * kl_loss
 
 
 def advantages_of(rewards, values, mask):
     """Generalized advantage estimation: Schulman et al. 2016, equation 16. All (B, T), where mask
-    marks the answer: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, V = 0 after it."""
+    marks the answer: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 past the
+    end."""
     next_values = F.pad(values * mask, (0, 1))[:, 1:]  # V_{t+1}
-    advantages = F.pad((rewards + GAMMA * next_values - values) * mask, (0, 1))  # at first, δ
-    for t in reversed(range(rewards.size(1))):
-        advantages[:, t] += GAMMA * LAMBDA * advantages[:, t + 1] * mask[:, t]
-    return advantages[:, :-1]
-
-
-def whiten(values, mask):
-    """Mean 0 and variance 1 over the places of mask; 0 elsewhere."""
-    chosen = values[mask]
-    return torch.where(mask, (values - chosen.mean()) / (chosen.std(correction=0) + 1e-8), 0)
+    deltas = (rewards + GAMMA * next_values - values) * mask
+    advantages = [torch.zeros_like(deltas[:, 0])]
+    for delta in deltas.unbind(1)[::-1]:
+        advantages.append(delta + GAMMA * LAMBDA * advantages[-1])
+    return torch.stack(advantages[:0:-1], dim=1) * mask
 
 
 class PPO(GRPO):
     """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): like GRPO, but a
     critic predicts the expected score at each token, so credit is assigned per token."""
 
-    defaults = GRPO.defaults | {"batch_size": 32, "group_size": 1}
-
     def set_up(self):
         super().set_up()
         self.add_head(1, std=0)
 
-    def judge(self, scores, mask, log_probs, reference, x):
-        """-> whitened advantages and returns, (B, T). Each token costs β (log π − log ρ); the last
-        one earns the score."""
+    def credit(self, mask, scores, log_probs, reference, x, **sampled):
+        """-> the last arguments of loss(), (B, T): advantages, with mean 0 and variance 1, and
+        returns. Each token costs β (log π − log ρ); the last one earns the score."""
         with torch.no_grad():
             values = self.apply_head(x)[..., 0] * mask
         rewards = self.config.beta * (reference - log_probs)
-        last = mask.size(1) - 1 - mask.int().flip(1).argmax(1)  # where each answer ends
+        last = mask.cumsum(1).argmax(1)  # where each answer ends
         rewards[torch.arange(len(rewards)), last] += scores
         advantages = advantages_of(rewards, values, mask)
-        return whiten(advantages, mask), advantages + values
+        mean, std = advantages[mask].mean(), advantages[mask].std(correction=0)
+        return (advantages - mean) / (std + 1e-8) * mask, advantages + values
 
-    def extra_loss(self, returns, log_probs, x):
-        """Half the squared error of the critic (Schulman et al. 2017, equation 9)."""
-        return "value_loss", (self.apply_head(x)[:, 0] - returns).square().mean() / 2, VALUE_WEIGHT
+    def loss(self, idx, targets, old_log_probs, advantages, returns):
+        """The clipped loss plus half the squared error of the critic (Schulman et al. 2017,
+        equation 9)."""
+        loss, _, x = self.policy_loss(idx, targets, old_log_probs, advantages)
+        value_loss = (self.apply_head(x)[:, 0] - returns[targets != -100]).square().mean() / 2
+        self.record(value_loss=value_loss)
+        return loss + VALUE_WEIGHT * value_loss
 
 
 # --- files, examples, batches ---------------------------------------------------------------------
@@ -738,8 +760,8 @@ def manual_texts():
 
 
 def manual_answers():
-    """Yields (where, row): "Explain NAME(ARGUMENTS).", and as the answer the first sentence of its
-    docstring. The rejected answer explains something else, usually in the same split."""
+    """Yields (where, row): "Explain NAME(ARGUMENTS).", with the first sentence of its docstring as
+    the answer. The rejected answer explains something else, mostly of a module nearby."""
     explained = []
     for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[0])):
         paragraph = " ".join(clean(text).split("\n\n")[0].split())
@@ -752,8 +774,8 @@ def manual_answers():
 
 
 def split_of(group, config):
-    """The split of a row of data: a hash of its group decides, so duplicates share one. By the same
-    rule, prepare_data.py holds out the modules of the default examples."""
+    """The split of a row of data: a hash of its group decides, so that duplicates share a split. By
+    the same rule, prepare_data.py holds out the modules of the default examples."""
     if config.eval_only and config.data:
         return "test"
     place = position(group)
@@ -764,7 +786,7 @@ def split_of(group, config):
 
 def read_rows(path, columns=()):
     """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}. A .tsv
-    file with as many columns as these, but none of their names in its first line, has no header."""
+    file has no header if its first line has as many columns as these but none of their names."""
     path = pathlib.Path(path)
     kind = path.suffix.lower()
     if kind in (".jsonl", ".json"):
@@ -796,33 +818,34 @@ def text_of(row, *names):
         value = row.get(name, row.get(name.lower()))
         if value is not None:
             if not isinstance(value, (str, int, float)) or not (text := clean(str(value))):
-                raise ValueError(f"{name} is empty or not text")
+                raise ValueError(f"{name} must be text and not empty")
             return text
     found = ", ".join(str(name)[:40] for name in row)
-    raise ValueError(f"no column {' or '.join(names)} (found: {found})")
+    raise ValueError(f"no text in column {' or '.join(names)} (columns: {found})")
 
 
 def conversation_of(row, *answers):
     """A row -> {"messages": the prompt, [{"role", "content"}, ...]; "text": the same as one string;
     and each of these answers}. These rows are equivalent:
 
-    {"instruction": "add", "input": "1 2", "output": "3"}     "prompt" is "instruction", too
+    {"instruction": "add", "input": "1 2", "output": "3"}     or "prompt" for "instruction"
     {"messages": [a user's message, the assistant's answer]}
-    {"prompt": [a user's message], "output": "3"}             and so with "chosen" and "rejected"
+    {"prompt": [a user's message], "output": "3"}             or "chosen" and "rejected"
     {"chosen": [a user's message, the assistant's answer], "rejected": ...}
     """
     messages, said = row.get("prompt"), row.get("messages") or row.get("chosen")
     if not isinstance(messages, list) and isinstance(said, list):
         ends = [i for i, message in enumerate(said) if message["role"] == "assistant"]
-        # a conversation that ends with a question is all prompt, unless the answer must be in it
+        # what ends with a question is all prompt, if the answers have columns of their own
         holds_answer = said[-1]["role"] == "assistant" or not row.keys() >= {*answers}
         messages = said[: ends[-1]] if ends and holds_answer else said
     if not isinstance(messages, list):
         text = text_of(row, "instruction", "prompt")
         text += f"\n\n### Input:\n{text_of(row, 'input')}" if row.get("input") else ""
         messages = [{"role": "user", "content": text}]
-    if not {message["role"] for message in messages} <= {"system", "user", "assistant"}:
-        raise ValueError("roles are system, user and assistant")
+    for message in messages:
+        if message["role"] not in ALPACA or not isinstance(message["content"], str):
+            raise ValueError(f"a message needs a role ({', '.join(ALPACA)}) and text in content")
     example = {"messages": messages, "text": "\n".join(clean(m["content"]) for m in messages)}
     if not example["text"].strip():
         raise ValueError("there is no prompt")
@@ -836,8 +859,8 @@ def conversation_of(row, *answers):
 
 def to_row(parts, block_size):
     """[(tokens, is_learned), ...] -> idx, targets: lists of one length, at most block_size. A
-    target is the token after its idx, or -100 if that one is not learned. What is too long is cut
-    at its start, down to the last part; if that part alone is too long, at its end, too."""
+    target is the token after its idx, or -100 if that one is not learned. A row that is too long
+    loses its start, but not that of its last part; if that alone is too long, also its end."""
     tokens = [token for part, _ in parts for token in part]
     learned = [token if is_learned else -100 for part, is_learned in parts for token in part]
     # the state that predicts the last part's first token is the one before it
@@ -847,7 +870,7 @@ def to_row(parts, block_size):
 
 
 def batch_at(n, lengths, batch_size, seed):
-    """The n-th of an endless, reproducible sequence of batches, as numbers of examples. In each
+    """The n-th of an endless, reproducible sequence of batches, as indices of examples. In each
     epoch they are sorted by length, with ±20% of random jitter, so a batch needs little padding."""
     per_epoch = math.ceil(len(lengths) / batch_size)
     epoch, i = divmod(n, per_epoch)
@@ -863,41 +886,43 @@ TASKS = {"classify": Classify, "instruct": Instruct, "choice": Choice}
 TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO, "grpo": GRPO}
 
 
-def settle(config):
-    """Fills in the task's defaults and rejects incompatible options."""
-    task = TASKS.get(config.task, Task)
-    weights = ("all", "last_block", "lora") + ("head",) * task.has_head
-    known = {"task": TASKS, "train": weights, "template": ("", "roles", "alpaca")}
-    for flag, choices in known.items():
+def settings(flags):
+    """The config of a run with these flags."""
+    name = flags.get("task", FinetuneConfig.task)
+    if name not in TASKS:
+        raise ValueError(f"--task={name}: choose from {', '.join(TASKS)}")
+    defaults = TASK_DEFAULTS[name] | {"learning_rate": 0.0}  # see Task.prepare
+    return FinetuneConfig(**{"out_dir": f"out/{name}", **defaults, **flags})
+
+
+def check(config):
+    """Raises ValueError for incompatible settings."""
+    task = TASKS[config.task]
+    weights = ["all", "last_block", "lora"] + (["head"] if task.has_head else [])
+    for flag, choices in {"train": weights, "template": ["", "roles", "alpaca"]}.items():
         if (value := getattr(config, flag)) not in choices:
             raise ValueError(f"--{flag}={value}: choose from {', '.join(choices)}")
     if config.predict and not task.has_head:
         raise ValueError("--predict is for --task=classify and --task=reward")
     if task is Choice and not config.data:
-        raise ValueError("--task=choice needs questions: --data=FILE")
-    config.eval_only |= task is Choice
-    config.out_dir = config.out_dir or f"out/{config.task}"
-    for name, value in task.defaults.items():  # the learning rate depends on the model's width
-        if name != "learning_rate" and not getattr(config, name):
-            setattr(config, name, value)
-    if task is GRPO and config.group_size < 2:  # nothing to compare
-        raise ValueError(f"--group_size={config.group_size}: must be 2 or more")
+        raise ValueError("--task=choice needs a file of questions: --data=FILE")
+    if task is GRPO and config.group_size < 2:
+        raise ValueError(f"--group_size={config.group_size}: must be 2 or more, to compare answers")
     if config.predict or config.eval_only:  # writes nothing
         return
-    for name in [config.init_from] + [config.reward_model] * issubclass(task, GRPO):
+    reads = [config.init_from] + ([config.reward_model] if issubclass(task, GRPO) else [])
+    for name in reads:
         model, out_dir = (pathlib.Path(path).resolve() for path in (name, config.out_dir))
         if out_dir in (model, model.parent):
-            hint = f"would overwrite {name}, which this run reads"
-            raise ValueError(f"--out_dir={config.out_dir} {hint}")
+            raise ValueError(f"--out_dir={config.out_dir} would overwrite {name}, which is read")
 
 
 def main(argv=None):
     flags = vars(prepare_data.flag_parser(FinetuneConfig, __doc__).parse_args(argv))
-    config, saved = FinetuneConfig(**flags), None
+    config, saved = settings(flags), None
     if config.init_from == "resume":
-        out_dir = config.out_dir or f"out/{config.task}"
-        config, saved = load_run(FinetuneConfig, {**flags, "out_dir": out_dir})
-    settle(config)
+        config, saved = load_run(FinetuneConfig, {**flags, "out_dir": config.out_dir})
+    check(config)
     machine = Machine(config)
     if machine.world_size > 1:
         raise ValueError("finetune.py runs as a single process: start it without torchrun")

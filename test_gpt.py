@@ -1159,8 +1159,7 @@ def make_task(name, flags="", rows=None):
     """A task as finetune.py makes it, ready to train."""
     parser = prepare_data.flag_parser(finetune.FinetuneConfig, "")
     flags = parser.parse_args(finetune_flags(name, f"--out_dir=new {flags}", rows))
-    config = finetune.FinetuneConfig(**vars(flags))
-    finetune.settle(config)
+    config = finetune.settings(vars(flags))
     task = finetune.TASKS[name](config, train.Machine(config), load_checkpoint(config.init_from))
     task.prepare()
     return task
@@ -1434,17 +1433,21 @@ def test_conversations_come_as_texts_or_as_lists_of_messages():
 
 
 BAD_EXAMPLES = {  # what the error must say: task, rows
-    "line 1: no column text .found: body, label": ("classify", [{"body": "a", "label": "b"}]),
-    "line 1: label is empty": ("classify", [{"text": "a", "label": " "}]),
+    "line 1: no text in column text ": ("classify", [{"body": "a", "label": "b"}]),
+    "line 1: no text in column label": ("classify", [{"text": "a", "label": None}]),
+    "line 1: label must be text": ("classify", [{"text": "a", "label": " "}]),
     "at least two labels": ("classify", [{"text": str(i), "label": "b"} for i in range(50)]),
     "too few examples": ("classify", [{"text": "a", "label": "a"}]),
     "line 1: .*list": ("classify", [["a", "b"]]),
     "there is no prompt": ("instruct", [{"messages": [{"role": "assistant", "content": "a"}]}]),
-    "no column output": ("instruct", [{"messages": [{"role": "user", "content": "a"}]}]),
-    "output is empty": ("instruct", [{"instruction": "a", "output": ""}]),
-    "no column instruction or prompt": ("instruct", [{"output": "a"}]),
-    "roles are system": ("instruct", [{"messages": [{"role": "robot", "content": "a"}]}]),
-    "no column rejected": ("reward", [{"prompt": "a", "chosen": "b"}]),
+    "no text in column output": ("instruct", [{"messages": [{"role": "user", "content": "a"}]}]),
+    "output must be text": ("instruct", [{"instruction": "a", "output": ""}]),
+    "no text in column instruction or prompt": ("instruct", [{"output": "a"}]),
+    "a message needs a role .system": (
+        "instruct",
+        [{"messages": [{"role": "robot", "content": "a"}]}],
+    ),
+    "no text in column rejected": ("reward", [{"prompt": "a", "chosen": "b"}]),
     "line 1: label 0, but 1 endings": ("choice", [{"ctx": "a", "endings": ["b"], "label": 0}]),
 }
 
@@ -1538,12 +1541,12 @@ def test_the_clipped_loss_gains_nothing_beyond_its_bounds():
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_first_update_of_a_policy_is_on_policy(name, toy_reward, monkeypatch):
     task, seen = make_task(name), []
-    loss, judge = task.loss, task.judge
-    monkeypatch.setattr(task, "judge", lambda *args: seen.append(args) or judge(*args))
+    loss, respond = task.loss, task.respond
+    monkeypatch.setattr(task, "respond", lambda some: seen.append(respond(some)) or seen[0])
     monkeypatch.setattr(task, "loss", lambda *args: seen.append(args) or loss(*args))
     (first,) = next(task.updates({"step": 0, "examples": 0, "tokens": 0}))
-    (_, _, log_probs, reference, _), (idx, targets, old_log_probs, _, _) = seen
-    assert torch.equal(log_probs, reference)
+    sampled, (idx, targets, old_log_probs, _, _) = seen
+    assert torch.equal(sampled["log_probs"], sampled["reference"])
     assert task.measured["clipped"] == [0] and torch.isfinite(first)
     answered = targets != -100
     by_hand = task.gpt(idx).log_softmax(-1)[answered].gather(1, targets[answered][:, None])
@@ -1562,7 +1565,7 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(toy_r
         values = task.apply_head(x)[..., 0] * mask
     rewards = 0.5 * (reference - log_probs)
     rewards[[0, 1], [2, 3]] += scores
-    advantages, returns = task.judge(scores, mask, log_probs, reference, x)
+    advantages, returns = task.credit(mask, scores, log_probs, reference, x)
     expected = finetune.advantages_of(rewards, values, mask)
     assert_close(returns, expected + values)
     mean, std = expected[mask].mean(), expected[mask].std(correction=0)
@@ -1570,16 +1573,16 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(toy_r
     # an answer that does not end scores one less
     word = task.tokenizer.encode_ordinary("red")
     task.answers = lambda *args, **how: [word, [*word, task.end]]
-    scores, ended = task.respond(task.splits["train"][:2])[2:4]
-    assert ended.tolist() == [False, True]
-    assert scores[1].item() == pytest.approx(scores[0].item() + 1)
+    sampled = task.respond(task.splits["train"][:2])
+    assert sampled["ended"].tolist() == [False, True]
+    assert sampled["scores"].diff().item() == pytest.approx(1)
 
 
 def test_grpo_compares_the_answers_to_one_prompt(toy_reward):
     task, mask = make_task("grpo", "--group_size=4"), torch.ones(8, 3, dtype=torch.bool)
     mask[0, 0] = False
     scores = torch.tensor([1.0, 2, 3, 4, 7, 7, 7, 7])
-    advantages, _ = task.judge(scores, mask, None, None, None)
+    advantages, _ = task.credit(mask, scores, None)
     standardized = (scores[:4] - 2.5) / scores[:4].std()
     assert_close(advantages[:4], standardized[:, None] * mask[:4], atol=1e-3, rtol=0)
     assert not advantages[4:].any()  # equal scores teach nothing
@@ -1659,14 +1662,14 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (finetune, "FLAG=some.*(lora|alpaca)", "--train=some", "--template=some"),
     (finetune, "--train=head", "--task=instruct --train=head"),
     (finetune, "the label 'bird'", "--val=bird.jsonl"),
-    (finetune, "no head for this task; --task=classify trains one", "--predict=a"),
+    (finetune, "base has no head; train one: --task=classify", "--predict=a"),
     (finetune, "--predict is for --task=classify", "--task=instruct --predict=a"),
     (finetune, "none.csv", "--data=none.csv"),
     (finetune, "give a .jsonl, .json, .csv or .tsv file", "--data=none.txt"),
     (finetune, "no such checkpoint", "--init_from=resume"),
     (finetune, "--data=FILE", "--task=choice --data="),
-    (finetune, "which this run reads", "--out_dir=base"),
-    (finetune, "no column body", "--text_field=body"),
+    (finetune, "would overwrite base", "--out_dir=base"),
+    (finetune, "no text in column body", "--text_field=body"),
     (sample, "gone.txt", "--start=FILE:gone.txt"),
     (sample, "--start is empty", "--surprise"),
     (sample, "abacus|int3.*float32", "--device=abacus", "--dtype=int3"),
