@@ -294,9 +294,14 @@ def cut(text, length=1 << 16):
 def count_pieces(texts):
     """The distinct pieces of the texts, and how often each occurs. A piece is a string with one
     character per token, at first per byte, so that a pair is merged by splitting and joining."""
-    pieces, split = collections.Counter(), regex.compile(SPLIT).findall
+    # Few words are distinct, and no piece extends from a word into the space after it.
+    words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
-        pieces.update(split(part))
+        words.update(re.findall(r"\s*\S+|\s+", part))
+    split = regex.compile(SPLIT).findall
+    for word, count in words.items():
+        for piece in split(word):
+            pieces[piece] += count
     return [piece.encode().decode("latin-1") for piece in pieces], list(pieces.values())
 
 
@@ -311,11 +316,11 @@ def train_bpe(texts, vocab_size):
     [b'lo', b'low', b' low']
     """
     pieces, counts = count_pieces(texts)
-    pair_counts, pieces_with = collections.defaultdict(int), collections.defaultdict(set)
+    pair_counts, pieces_with = collections.defaultdict(int), collections.defaultdict(list)
     for i, (piece, count) in enumerate(zip(pieces, counts)):
         for left, right in itertools.pairwise(piece):
             pair_counts[left + right] += count
-            pieces_with[left + right].add(i)
+            pieces_with[left + right].append(i)
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # a valid heap
     tokens = [bytes([byte]) for byte in range(256)]
     while heap and heap[0][0] < -1 and len(tokens) < vocab_size:  # that is, a pair occurs twice
@@ -326,8 +331,10 @@ def train_bpe(texts, vocab_size):
         left, right = pair
         new = chr(len(tokens))
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
-        new_pairs = collections.defaultdict(set)  # and the pieces that contain them
-        for i in pieces_with.pop(pair):  # some have lost it to earlier merges: nothing changes
+        new_pairs = collections.defaultdict(list)  # and the pieces that contain them
+        for i in pieces_with.pop(pair):
+            if pair not in pieces[i]:  # lost to an earlier merge
+                continue
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
             # (x, left) becomes (x, new); (right, y) becomes (new, y)
@@ -338,7 +345,7 @@ def train_bpe(texts, vocab_size):
             for lost, gained in changes:
                 pair_counts[lost] -= count
                 pair_counts[gained] += count
-                new_pairs[gained].add(i)
+                new_pairs[gained].append(i)
         pieces_with |= new_pairs
         for gained in new_pairs:
             heapq.heappush(heap, (-pair_counts[gained], gained))
