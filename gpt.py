@@ -1,4 +1,4 @@
-"""GPT, the whole model in one file that needs nothing but PyTorch.
+"""A complete GPT in one file that needs nothing but PyTorch.
 
     model = GPT(GPTConfig(block_size=128, vocab_size=1024, n_layer=4, n_head=4, n_embd=128))
     logits = model(idx)                          # idx (B, T) token ids -> (B, T, vocab_size)
@@ -31,7 +31,7 @@ from torch import nn
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 124M. Raises ValueError on impossible sizes."""
 
-    block_size: int = 1024  # longest context, tokens
+    block_size: int = 1024  # maximum context, tokens
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
@@ -45,6 +45,8 @@ class GPTConfig:
         sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
         if not 1 <= min(sizes) <= max(sizes) < 2**31 or self.n_embd % self.n_head:
             raise ValueError(f"sizes must be 1 or more, and n_head must divide n_embd: {self}")
+        if not all(0 <= rate < 1 for rate in (self.dropout, self.attn_dropout)):
+            raise ValueError(f"dropout must be at least 0 and less than 1: {self}")
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -53,25 +55,25 @@ class GPTConfig:
 def attention_weights(q, k):
     """softmax(Q Kᵀ / √d + M): how much each query attends to each key (Vaswani et al. 2017).
 
-    q (B, n_head, T, d) are the last T positions of k (B, n_head, S, d) -> (B, n_head, T, S), whose
-    rows sum to 1. The causal mask M is -inf where a key comes after its query.
+    q (B, n_head, T, d) holds the queries of the last T of S positions, k (B, n_head, S, d) the keys
+    of all. Returns (B, n_head, T, S); rows sum to 1. M is -inf where a key comes after its query.
     """
     T, S = q.size(-2), k.size(-2)
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, S)
-    scores += q.new_full((T, S), -math.inf).triu(S - T + 1)  # 0 where the query may see the key
+    scores += q.new_full((T, S), -math.inf).triu(S - T + 1)  # 0 on the diagonal and below
     return F.softmax(scores, dim=-1)
 
 
 def attention(q, k, v, dropout=0.0):
-    """Causal attention, (B, n_head, T, d): the values v, averaged by attention_weights.
+    """Causal attention: the mean of the values v, weighted by attention_weights; (B, n_head, T, d).
 
     In bfloat16 on a CPU, for up to 512 tokens, the plain formula is 1.5 to 4 times as fast as
     PyTorch's fused kernel, forward and backward. Everywhere else the fused kernel is faster.
     """
     T, S = q.size(-2), k.size(-2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:
-        return fast_dropout(attention_weights(q, k), dropout) @ v
-    # is_causal would take the queries for the first T positions; a single query sees all keys
+        return F.dropout(attention_weights(q, k), dropout) @ v
+    # is_causal assumes that the queries start at position 0; a single query sees all keys
     mask = None if T in (1, S) else q.new_ones(T, S, dtype=torch.bool).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S)
 
@@ -98,7 +100,7 @@ class CausalSelfAttention(nn.Module):
             cache[:, :, :, start:end] = qkv[1:]
             q, (k, v) = q.to(cache.dtype), cache[:, :, :, :end]
         y = attention(q, k, v, self.attn_dropout if self.training else 0.0).to(x.dtype)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads concatenated
         return fast_dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -140,7 +142,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # skips nn.Embedding's own initialization, which init_weights would overwrite
+        # skips nn.Embedding's own initialization, which is slow and would be overwritten
         tables = (torch.empty(n, config.n_embd) for n in (config.vocab_size, config.block_size))
         wte, wpe = (nn.Embedding.from_pretrained(table, freeze=False) for table in tables)
         blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -148,17 +150,17 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({"wte": wte, "wpe": wpe, "h": blocks, "ln_f": ln_f})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        if not self.lm_head.weight.is_meta:  # from_checkpoint loads weights instead
+        if not self.lm_head.weight.is_meta:  # where from_checkpoint puts weights instead
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's initialization (Radford et al. 2018, section 4.1; 2019, section 2.3).
 
-        A tied wte is also the output head and must be small for the first logits to be small.
-        Where the two are separate, we chose our own: tokens start at N(0, 1), so that the first
-        updates are small beside them; positions as sinusoids, so that near and far differ from the
-        start; the head at zero, so that the first loss is ln(vocab_size).
+        A tied wte is also the output head and must be small, or the first logits would be large.
+        An untied model starts differently, by our own choice: tokens from N(0, 1), so that the
+        first updates are small beside them; positions as sinusoids, so that near and far differ;
+        the head at zero, so that the first loss is ln(vocab_size).
         """
         n_layer, tied = self.config.n_layer, self.config.tie_weights
         for name, parameter in self.named_parameters():
@@ -173,8 +175,10 @@ class GPT(nn.Module):
                     parameter.normal_(std=0.02 / math.sqrt(2 * n_layer))
                 case ["lm_head", _] | [_, "bias"]:
                     parameter.zero_()
+                case ["ln_1" | "ln_2" | "ln_f", "weight"]:
+                    parameter.fill_(1)
                 case _:
-                    assert "ln_" in name, name  # LayerNorm starts with ones
+                    raise AssertionError(f"no initialization for {name}")
 
     def tie_weights(self):
         if self.config.tie_weights:
@@ -183,8 +187,8 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, start=0):
         """idx (B, T) int64 -> (B, T, C) after the last LayerNorm, for lm_head or any other head.
 
-        cache, from new_cache(), has the keys and values of the start tokens before idx; those of
-        idx are added. Raises ValueError if the total exceeds block_size.
+        cache, from new_cache(), holds the keys and values of the tokens before idx, of which there
+        are start; those of idx are added. Raises ValueError if the total exceeds block_size.
         """
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -217,14 +221,14 @@ class GPT(nn.Module):
         stop_token=None,
         generator=None,
     ):
-        """Yields the next token of each of the sequences idx (B, T), as (B,) int64, step by step.
+        """Yields (B,) int64 tokens, the next one of each sequence in idx (B, T), at each step.
 
-        See sample() for how it is drawn; call eval() first. A sequence that has produced stop_token
-        keeps yielding it; the iterator ends when all have stopped. Positions cannot slide, so when
-        the context is full, the model rereads its last half as if the text began there.
+        See sample() for how tokens are drawn; call eval() first. A sequence that has produced
+        stop_token keeps yielding it; the iterator ends when all have stopped. When the context is
+        full, the model starts over from its last half, as if the text began there.
         """
         block_size = self.config.block_size
-        context = idx[:, -block_size:]  # the tokens since position 0
+        context = idx[:, -block_size:]  # what the model sees, from position 0 on
         capacity = min(block_size, context.size(1) + max_new_tokens)
         cache, start = self.new_cache(len(idx), capacity), 0  # start: how many tokens it holds
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
@@ -236,7 +240,7 @@ class GPT(nn.Module):
                 logits = self.lm_head(x[:, -1])  # (B, vocab_size)
                 token = sample(logits, temperature, top_k, top_p, generator)
             start = context.size(1)
-            token = token.clone()  # a normal tensor, which autograd accepts
+            token = token.clone()  # outside of inference_mode: a tensor that autograd accepts
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped = token == stop_token
@@ -246,27 +250,24 @@ class GPT(nn.Module):
             context = torch.cat([context, token[:, None]], dim=1)
 
     def new_cache(self, batch_size, capacity):
-        """The keys and values of each block for up to capacity tokens, so that a new token costs
-        one short step: (n_layer, 2, B, n_head, capacity, d)."""
-        config, d, weight = (
-            self.config,
-            self.config.n_embd // self.config.n_head,
-            self.lm_head.weight,
-        )
+        """Memory for the keys and values of each block for up to capacity tokens, so that each new
+        token needs only a short forward pass: (n_layer, 2, B, n_head, capacity, d)."""
+        config, weight = self.config, self.lm_head.weight
+        d = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, capacity, d)
-        # on CPUs, attention from one position is 3 to 6 times as fast in float32 as in bfloat16
+        # on CPUs, the attention of a single query is 3 to 6 times as fast in float32
         on_cpu = weight.device.type == "cpu"
         return weight.new_empty(shape, dtype=torch.float32 if on_cpu else weight.dtype)
 
     def num_params(self):
-        """Parameters without the position table, as nanoGPT counts; shared ones count once."""
+        """The number of parameters without wpe, as in nanoGPT; shared ones count once."""
         return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
 
     @torch.no_grad()
     def resize(self, vocab_size=None, block_size=None):
         """Crops the vocabulary or the context, or adds rows from N(0, 0.02), to be trained.
 
-        Parameters are replaced: create the optimizer afterwards.
+        This replaces parameters, so create the optimizer afterward.
         """
         vocab_size = vocab_size or self.config.vocab_size
         block_size = block_size or self.config.block_size
@@ -285,12 +286,13 @@ class GPT(nn.Module):
         return {"config": asdict(self.config), "model": self.state_dict()}
 
     @classmethod
-    def from_checkpoint(cls, checkpoint, **changes):
-        """Builds the model from what load_checkpoint returned, in float32 and eval mode; changes
-        override its config, as in dropout=0.1. Raises any exception if it is damaged.
+    def from_checkpoint(cls, checkpoint, **dropout):
+        """Builds the model from what load_checkpoint returned, in float32 and eval mode; dropout=...
+        and attn_dropout=... replace its own. Shares float32 weights with the checkpoint. A damaged
+        one can raise any exception.
         """
         with torch.device("meta"):  # shapes alone: no memory, no random numbers
-            model = cls(GPTConfig(**{**checkpoint["config"], **changes}))
+            model = cls(GPTConfig(**{**checkpoint["config"], **dropout}))
         weights = {name: tensor.float() for name, tensor in checkpoint["model"].items()}
         if any(w.layout != torch.strided or w.is_meta for w in weights.values()):
             raise ValueError("the weights are not plain (strided) tensors")
@@ -299,11 +301,11 @@ class GPT(nn.Module):
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_path, **changes):
-        """The model that load_checkpoint(name_or_path) finds; changes as in from_checkpoint."""
+    def from_pretrained(cls, name_or_path):
+        """Loads the model that load_checkpoint(name_or_path) finds, in eval mode."""
         checkpoint = load_checkpoint(name_or_path)
         with damaged(name_or_path):
-            return cls.from_checkpoint(checkpoint, **changes)
+            return cls.from_checkpoint(checkpoint)
 
     def save_pretrained(self, folder, eos_token_id=None):
         """Writes the model as Hugging Face's GPT-2; eos_token_id is the token that ends a text."""
@@ -311,7 +313,7 @@ class GPT(nn.Module):
 
 
 def sinusoids(length, n_embd):
-    """(length, n_embd): sines and cosines of positions, of wavelengths from 2π to 10,000 · 2π
+    """(length, n_embd): sines and cosines of positions, with wavelengths from 2π to 10,000 · 2π
     (Vaswani et al. 2017, section 3.5, times √2, so that the mean square is 1)."""
     angles = torch.arange(length)[:, None] * 10_000 ** (-torch.arange(0, n_embd, 2) / n_embd)
     pairs = torch.stack([angles.sin(), angles.cos()], dim=2)  # (length, n_embd / 2, 2)
@@ -319,7 +321,8 @@ def sinusoids(length, n_embd):
 
 
 def next_token_losses(lm_head, x, targets):
-    """Cross-entropy of each target, in nats: x (N, C), targets (N,) -> (N,), 0 where it is -100."""
+    """Cross-entropy of each target, in nats: x (N, C), targets (N,) -> (N,), 0 where it is -100.
+    Takes lm_head instead of logits because CrossEntropy overwrites the logits."""
     if x.device.type == "cpu" and torch.is_grad_enabled():
         return CrossEntropy.apply(lm_head(x), targets)
     return F.cross_entropy(lm_head(x).float(), targets, reduction="none")
@@ -332,8 +335,9 @@ def keep_top_p(logits, p):
     """Nucleus sampling (Holtzman et al. 2020): of logits (B, n), keeps the fewest most likely whose
     total probability reaches p; the rest become -inf."""
     probs, order = F.softmax(logits, dim=-1).sort(descending=True)
-    dropped = probs.cumsum(-1) - probs >= p  # the tokens more likely than this one reach p already
-    dropped[:, 0] = False  # at least one stays, however small p is
+    dropped = probs.cumsum(-1) - probs >= p  # the more likely tokens already reach p
+    dropped[:, 0] = False  # always keep the most likely
+    # in the order of logits again
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 
@@ -344,16 +348,16 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     temperature), restricted to the top_k most likely, then to the fewest that reach top_p.
     """
     logits = logits.float() / (temperature or 1)
-    if not logits.sum().isfinite():
+    if not logits.max().isfinite():  # -inf bans a token
         raise ValueError("logits are not finite: damaged weights or too low a temperature")
     if temperature == 0:
         return logits.argmax(-1)
-    if top_k:  # from here on (B, k): exactly k, even with ties; tokens says which they are
+    if top_k:  # from here on (B, k), exactly k even with ties; tokens holds their ids
         logits, tokens = logits.topk(min(top_k, logits.size(-1)))
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
     probs = F.softmax(logits, dim=-1)
-    # p / Exp(1) is largest at a draw from p: half the time of torch.multinomial
+    # the argmax of p / Exp(1) is a draw from p; half the time of torch.multinomial
     waits = torch.empty_like(probs).exponential_(generator=generator)
     drawn = (probs / waits).argmax(-1, keepdim=True)  # (B, 1)
     return (tokens.gather(-1, drawn) if top_k else drawn)[:, 0]
@@ -370,22 +374,20 @@ def fast_dropout(x, p, training=True):
     if x.device.type != "cpu":
         return F.dropout(x, p)
     dropped = round(p * 2**16)  # how many of the 2**16 values mean dropped
+    # four 16-bit numbers in each 64-bit number
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
     kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
     return x * kept * (2**16 / (2**16 - dropped))
 
 
-LOGITS_AT_ONCE = 2**22  # 16 MB in float32, which the allocator reuses
-
-
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(logits.float(), targets, reduction="none") for CPUs. The gradient, softmax
-    minus one-hot, takes the place of the logits (N, V): a step of GPT-2 124M is 1.4 times as fast.
-    """
+    """F.cross_entropy(logits.float(), targets, reduction="none") for CPUs. forward() overwrites the
+    logits (N, V) with their gradient, softmax minus one-hot, which backward() then scales, once
+    only: no second (N, V) tensor is needed, and a step of GPT-2 124M is 1.4 times as fast."""
 
     @staticmethod
     def forward(ctx, logits, targets):
-        losses, rows = [], max(1, LOGITS_AT_ONCE // logits.size(1))
+        losses, rows = [], max(1, 2**22 // logits.size(1))  # 16 MB at a time in float32
         for x, target in zip(logits.split(rows), targets.split(rows)):
             log_probs = x.float().log_softmax(-1)
             losses.append(F.nll_loss(log_probs, target, reduction="none"))  # 0 where it is -100
@@ -406,7 +408,8 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def pick_device(name=""):
-    """The torch.device of this name, "" for the best available, after checking that it works."""
+    """The torch.device of this name, or for "" the best available. Raises ValueError if it does
+    not work."""
     has_mps = torch.backends.mps.is_available()
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     try:
@@ -417,7 +420,7 @@ def pick_device(name=""):
 
 @functools.cache
 def pick_dtype(device):
-    """The fastest type for matrix products on this torch.device: bfloat16, float32, or on old GPUs
+    """The fastest type for matrix products on this torch.device: bfloat16, float32 or, on old GPUs,
     float16. On CPUs it is measured: with AVX512_BF16 or AMX, bfloat16 is about 4 times as fast."""
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -431,7 +434,7 @@ def pick_dtype(device):
         return time.perf_counter() - start
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, threads would wait for one another
+    torch.set_num_threads(1)  # times the processor, not how busy it is
     times = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(10)]
     torch.set_num_threads(threads)
     bfloat16, float32 = map(min, zip(*times))
@@ -443,7 +446,7 @@ def pick_dtype(device):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Opens a temporary file that takes the place of path once it is complete, and only then."""
+    """Opens a temporary file, which is renamed to path once it is complete."""
     temporary = pathlib.Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -457,7 +460,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def damaged(path):
-    """Turns any error in a file's contents into a ValueError that names the file."""
+    """Turns any error caused by a file's contents into a ValueError that names the file."""
     try:
         yield
     except OSError:
@@ -477,7 +480,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote: {"config", "model", ...}, on the CPU; code in it is never run.
+    """What save_checkpoint wrote, {"config", "model", ...}, on the CPU. Code in it is never run.
 
     path is a file, a run's folder (its best.pt, or last.pt if there is none), a folder in Hugging
     Face's format, or one of HUB_MODELS. Raises OSError, or ValueError if it is none of these.
@@ -489,7 +492,7 @@ def load_checkpoint(path):
         names = ("best.pt", "last.pt", "model.safetensors")
         path = next((path / name for name in names if (path / name).exists()), path / "best.pt")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; train.py and finetune.py write them")
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.suffix == ".safetensors":
         return load_huggingface(path)
     with damaged(path):
@@ -511,14 +514,14 @@ ARCHITECTURE = {  # settings that GPTConfig lacks: the only values supported her
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }
-# Hugging Face stores these as (in, out)
+# stored as (in, out)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_huggingface(path):
-    """model.safetensors and the config.json beside it -> a checkpoint like ours, without dropout,
-    which belongs to a training run and not to its result."""
+    """model.safetensors and the config.json beside it -> a checkpoint like ours. Its dropout is not
+    read: it belongs to the run that made the model."""
     with damaged(path.with_name("config.json")):
         settings = json.loads(path.with_name("config.json").read_bytes())
         for name, value in ARCHITECTURE.items():
@@ -529,8 +532,8 @@ def load_huggingface(path):
     weights = {}
     for name, tensor in read_safetensors(path).items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # these are the causal mask
-            # a copy, because products with a transposed view are up to 1.5 times as slow
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # stored causal masks
+            # contiguous: products with a transposed view are up to 1.5 times as slow
             weights[name] = tensor.mT.contiguous() if name.endswith(TRANSPOSED) else tensor
     if config["tie_weights"]:
         weights["lm_head.weight"] = weights.get("transformer.wte.weight")
@@ -538,10 +541,10 @@ def load_huggingface(path):
 
 
 def read_safetensors(path):
-    """A safetensors file -> {name: tensor}, floating-point ones only, mapped into memory, not read.
+    """A safetensors file -> {name: tensor}, floating-point ones only, memory-mapped.
 
     Layout: the length of the header (8 bytes); the header, as JSON: {name: {"dtype", "shape",
-    "data_offsets": [start, end]}}; the data. Slices and views keep every tensor inside the file.
+    "data_offsets": [start, end]}}; the data. Offsets outside the file raise an error.
     """
     tensors = {}
     with damaged(path), open(path, "rb") as file:
@@ -576,7 +579,7 @@ def save_huggingface(folder, model, eos_token_id):
 
 
 def write_safetensors(path, tensors):
-    """Writes {name: tensor} as read_safetensors describes."""
+    """Writes {name: tensor} in the layout described in read_safetensors."""
     header, position = {"__metadata__": {"format": "pt"}}, 0
     dtype_names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
@@ -594,7 +597,7 @@ def write_safetensors(path, tensors):
 
 
 def download_gpt2(name):
-    """Downloads one of HUB_MODELS, unless torch.hub's folder has it, and returns its folder.
+    """Downloads one of HUB_MODELS, unless it is already in torch.hub's folder; returns its folder.
     HF_ENDPOINT can name a mirror of Hugging Face's hub."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     folder = pathlib.Path(torch.hub.get_dir(), name)

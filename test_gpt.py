@@ -1647,6 +1647,7 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (train, "FLAG=0: must be 1 or more", "--batch_size=0", "--eval_interval=0", "--eval_iters=0"),
     (train, "must be 1 or more", "--n_layer=0", "--n_head=0", f"--n_embd={2**63}"),
     (train, "n_head must divide", "--n_embd=10 --n_head=3"),
+    (train, "dropout must be", "--dropout=20", "--attn_dropout=1"),
     (train, "not enough text", "--block_size=100000"),
     (train, "abacus|int3.*float32", "--device=abacus", "--dtype=int3"),
     (train, "(nowhere|last.pt): no such checkpoint", "--init_from=nowhere", "--init_from=resume"),
