@@ -9,15 +9,13 @@
     python sample.py --start="# os.path." --attention=attention.png
     python sample.py --init_from=out --save_pretrained=mine     # for Hugging Face transformers
 
-Reads what train.py and finetune.py have written, and GPT-2 in Hugging Face's format.
+Reads checkpoints of train.py and finetune.py, and GPT-2 models in Hugging Face's format.
 """
 
 import codecs
 import contextlib
-import functools
 import io
 import math
-import pathlib
 import sys
 import time
 from dataclasses import dataclass
@@ -27,22 +25,22 @@ import torch
 
 import prepare_data
 from gpt import GPT, attention_weights, load_checkpoint, pick_device, pick_dtype
-from prepare_data import clean, damaged, token_bytes, token_label
+from prepare_data import clean, damaged, read_documents, token_bytes, token_label
 
 
 @dataclass
 class SampleConfig:
     init_from: str = "out"  # a run's folder, a checkpoint, gpt2, or a Hugging Face folder
     start: str = ""  # the text to continue, or FILE:name (default: a new document)
-    num_samples: int = 1  # how many, generated as one batch
+    num_samples: int = 1  # number of samples, generated in one batch
     max_new_tokens: int = 500  # maximum tokens per sample
-    temperature: float = 0.8  # below 1 favors likely tokens; 0 always takes the most likely
+    temperature: float = 0.8  # below 1 favors likely tokens (0: always take the most likely)
     top_k: int = 200  # choose among the k most likely tokens (0: all)
     top_p: float = 1.0  # of these, keep the fewest whose total probability reaches p
     seed: int = 1337  # the same seed gives the same text
     device: str = ""  # cpu, cuda, mps (default: the best available)
     dtype: str = ""  # float32, bfloat16, float16 (default: the fastest for the model's size)
-    attention: str = ""  # draw which tokens of --start attend to which, into this PNG file
+    attention: str = ""  # PNG file to draw: which tokens of --start attend to which
     surprise: bool = False  # show how likely each token of --start was
     chat: bool = False  # a conversation with a model from finetune.py
     system: str = ""  # for --chat: the system prompt
@@ -50,26 +48,32 @@ class SampleConfig:
 
 
 def load_model(config):
-    """-> model in float32, tokenizer, checkpoint, whose "tokenizer" is the tokenizer's spec."""
+    """Returns the model in float32, its tokenizer, and the checkpoint."""
     checkpoint = load_checkpoint(config.init_from)
-    checkpoint["tokenizer"] = prepare_data.tokenizer_of(checkpoint, config.init_from)
-    tokenizer = prepare_data.build_tokenizer(checkpoint["tokenizer"])
+    tokenizer = prepare_data.build_tokenizer(
+        prepare_data.tokenizer_of(checkpoint, config.init_from)
+    )
     with damaged(config.init_from):
         model = GPT.from_checkpoint(checkpoint)
-        # without the rows that only pad the vocabulary, so that they are never sampled
-        model.resize(vocab_size=min(tokenizer.n_vocab, model.config.vocab_size))
+        if tokenizer.n_vocab > model.config.vocab_size:
+            raise ValueError(
+                "the tokenizer has more tokens than the model; tokenizer.json missing?"
+            )
+        # drops rows that only pad the vocabulary, so that they are never sampled
+        model.resize(vocab_size=tokenizer.n_vocab)
     return model, tokenizer, checkpoint
 
 
 def prepare(model, config):
     """Moves the model to the device, in the type that is fastest there for its size."""
     device = pick_device(config.device)
-    # a small model gains nothing from bfloat16 and little from threads, which wait for one another
-    # beside other work
+    # A small model gains nothing from bfloat16, and little from threads, which stall when the
+    # machine is busy. Pictures and probabilities are exact.
     is_small = model.config.n_embd < 512
     if is_small:
         torch.set_num_threads(1)
-    fastest = torch.float32 if is_small else pick_dtype(device)
+    exact = is_small or config.surprise or config.attention
+    fastest = torch.float32 if exact else pick_dtype(device)
     if config.dtype not in ("", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
     model.to(device, getattr(torch, config.dtype) if config.dtype else fastest)
@@ -78,25 +82,22 @@ def prepare(model, config):
 
 
 def pack_weights(model):
-    """Stores the weights of a bfloat16 model on a CPU as oneDNN reads them, which otherwise
-    rearranges them in every product: GPT-2 124M generates 1.3 times as fast."""
+    """Stores the weights in oneDNN's own layout too, so that it does not rearrange them for every
+    token: in bfloat16 on a CPU, GPT-2 124M generates 1.3 times as fast."""
+    product = torch.ops.mkldnn._linear_pointwise
     for linear in model.modules():
         if isinstance(linear, torch.nn.Linear):
             weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-            linear.forward = functools.partial(packed_product, weight, linear.bias)
-
-
-def packed_product(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            linear.forward = lambda x, w=weight, b=linear.bias: product(x, w, b, "none", [], "")
 
 
 def write(model, tokenizer, tokens, config, generator, num_samples=1):
-    """Continues tokens num_samples times; prints the first text as it is generated. Returns the
+    """Continues tokens num_samples times and prints the first text as it is generated. Returns the
     texts and the number of tokens. Ctrl-C stops generation."""
     block_size, end = model.config.block_size, tokenizer.eot_token
     if len(tokens) > block_size:
         print(f"the model sees only the last {block_size} of {len(tokens)} tokens", file=sys.stderr)
-    # holds the bytes of a character that is split across tokens until it is complete
+    # holds back the bytes of a character that is split across tokens until it is complete
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     written, count = [b""] * num_samples, 0
     idx = torch.tensor([tokens] * num_samples, device=model.lm_head.weight.device)
@@ -104,8 +105,9 @@ def write(model, tokenizer, tokens, config, generator, num_samples=1):
     with contextlib.suppress(KeyboardInterrupt):
         for step in model.generate(idx, config.max_new_tokens, *choice, end, generator):
             for i, token in enumerate(step.tolist()):
-                if token != end:
-                    data, count = token_bytes(tokenizer, token), count + 1
+                if token != end:  # a sample that has ended keeps yielding it
+                    count += 1
+                    data = token_bytes(tokenizer, token)
                     written[i] += data
                     if i == 0:
                         print(decoder.decode(data), end="", flush=True)
@@ -126,34 +128,35 @@ def write_samples(model, tokenizer, prompt, config, generator):
     print(f"{count} tokens in {seconds:.1f} s: {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
-def fitting_prompt(messages, tokenizer, template, limit):
-    """chat_prompt in at most limit tokens: the oldest exchanges are dropped, the system prompt is
-    kept, and a single overlong message keeps only its end."""
-    head = [message for message in messages if message["role"] == "system"]
-    rest, prompt = messages[len(head) :], prepare_data.chat_prompt
-    while len(tokens := prompt(head + rest, tokenizer, template)) > limit and len(rest) > 1:
-        rest = rest[2:]  # without the oldest question and its answer
-    return tokens[-limit:]
-
-
 def chat(model, tokenizer, template, config, generator):
-    """Replies to each line typed. Ctrl-C ends a reply, Ctrl-D the conversation."""
+    """Replies to each line typed. When the conversation no longer fits the context, its oldest
+    exchanges are forgotten. Ctrl-C ends a reply, Ctrl-D the conversation."""
     block_size = model.config.block_size
-    # at least half of the context is reserved for the conversation so far
+    # leaves room for the reply, at most half of the context
     limit = block_size - min(config.max_new_tokens, block_size // 2)
-    messages = [{"role": "system", "content": config.system}] if config.system else []
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    messages = []
     with contextlib.suppress(EOFError):
         while True:
-            if question := input("> " if sys.stdin.isatty() else "").strip():
-                messages.append({"role": "user", "content": question})
-                tokens = fitting_prompt(messages, tokenizer, template, limit)
-                (answer,), _ = write(model, tokenizer, tokens, config, generator)
-                messages.append({"role": "assistant", "content": answer})
+            question = input("> " if sys.stdin.isatty() else "").strip()
+            if not question:
+                continue
+            messages.append({"role": "user", "content": question})
+            prompt = prepare_data.chat_prompt(system + messages, tokenizer, template)
+            while len(prompt) > limit and len(messages) > 1:
+                del messages[:2]  # the oldest question and its answer
+                prompt = prepare_data.chat_prompt(system + messages, tokenizer, template)
+            if len(prompt) > limit:
+                print(f"too long: {len(prompt)} tokens, but only {limit} fit", file=sys.stderr)
+                messages.clear()
+                continue
+            (answer,), _ = write(model, tokenizer, prompt, config, generator)
+            messages.append({"role": "assistant", "content": answer})
 
 
 @torch.no_grad()
 def draw_attention(model, tokenizer, text, path):
-    """Draws the attention weights on the first 24 tokens of text, a panel per layer and head."""
+    """Draws the attention among the first 24 tokens of text, one panel per layer and head."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -161,18 +164,20 @@ def draw_attention(model, tokenizer, text, path):
     tokens = tokenizer.encode_ordinary(text)[: min(24, model.config.block_size)]
     idx = torch.tensor(tokens, device=model.lm_head.weight.device)
     x = (model.transformer.wte(idx) + model.transformer.wpe.weight[: len(tokens)])[None]
-    maps = []  # of each layer, (n_head, T, T)
-    for block in model.transformer.h:
-        maps.append(attention_weights(*block.attn.heads(block.ln_1(x))[:2])[0])
+    maps = []  # one (n_head, T, T) tensor per layer
+    for block in model.transformer.h:  # as in GPT.hidden
+        q, k, _ = block.attn.heads(block.ln_1(x))
+        maps.append(attention_weights(q, k)[0])
         x = block(x)
-    layers, heads, names = len(maps), len(maps[0]), [token_label(tokenizer, t) for t in tokens]
-    side = max(2, len(tokens) / 6)  # of a panel, inches
+    layers, heads = len(maps), len(maps[0])
+    names = [token_label(tokenizer, token) for token in tokens]
+    side = max(2, len(tokens) / 6)  # width and height of a panel, in inches
     figure = Figure(figsize=(side * heads, side * layers), layout="constrained")
     for (layer, head), panel in np.ndenumerate(figure.subplots(layers, heads, squeeze=False)):
         panel.imshow(maps[layer][head].float().cpu().numpy(), vmin=0, cmap="Blues")
         panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
-        panel.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        panel.set_yticks(range(len(names)), names, fontsize=8)
+        panel.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
+        panel.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     figure.supxlabel("key")
     figure.supylabel("query")
     picture = io.BytesIO()
@@ -182,8 +187,8 @@ def draw_attention(model, tokenizer, text, path):
 
 @torch.no_grad()
 def print_surprise(model, tokenizer, text):
-    """Prints the probability and rank of each token of text that fits the context, and the tokens
-    that were most likely."""
+    """Prints the probability and rank of each token of text that fits the context, and the three
+    most likely tokens."""
     tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)][: model.config.block_size + 1]
     idx = torch.tensor([tokens[:-1]], device=model.lm_head.weight.device)
     print(f"{'token':16}{'probability':>11}{'rank':>7}  most likely")
@@ -193,7 +198,7 @@ def print_surprise(model, tokenizer, text):
         rank = int((log_probs > log_prob).sum()) + 1
         label = f"'{token_label(tokenizer, token)}'"
         likely = (f"'{token_label(tokenizer, t)}'" for t in log_probs.topk(3).indices.tolist())
-        print(f"{label:16}{math.exp(log_prob):11.4f}{rank:7}  {' '.join(likely)}")
+        print(f"{label:16}{math.exp(log_prob):11.2g}{rank:7}  {' '.join(likely)}")
         total -= log_prob / math.log(2)
         n_bytes += len(token_bytes(tokenizer, token))
     print(f"{total:.1f} bits in {n_bytes} bytes: {total / n_bytes:.2f} bits/byte")
@@ -202,17 +207,20 @@ def print_surprise(model, tokenizer, text):
 def main(argv=None):
     parser = prepare_data.flag_parser(SampleConfig, __doc__)
     config = SampleConfig(**vars(parser.parse_args(argv)))
-    prompt, path = config.start, pathlib.Path(config.start.removeprefix("FILE:"))
+    if config.num_samples < 1:
+        raise ValueError(f"--num_samples={config.num_samples}: must be 1 or more")
+    prompt = config.start
     if prompt.startswith("FILE:"):
-        with damaged(path):
-            prompt = clean(path.read_bytes().decode())
+        documents = read_documents([prompt.removeprefix("FILE:")])
+        prompt = clean("".join(text for _, text in documents))
     if not prompt and (config.attention or config.surprise or config.start):
-        raise ValueError("--start is empty: pass some text, or omit it for a new document")
+        raise ValueError("--start is empty: give it some text")
     model, tokenizer, checkpoint = load_model(config)
     if config.save_pretrained:
-        prepare_data.save_tokenizer(checkpoint["tokenizer"], config.save_pretrained)
+        spec = prepare_data.tokenizer_of(checkpoint, config.init_from)
+        prepare_data.save_tokenizer(spec, config.save_pretrained)
         model.save_pretrained(config.save_pretrained, tokenizer.eot_token)
-        print(f"wrote model and tokenizer to {config.save_pretrained}")
+        print(f"wrote the model and its tokenizer to {config.save_pretrained}")
         return
     prepare(model, config)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
