@@ -151,12 +151,11 @@ class Task:
     def __init__(self, config, machine, checkpoint):
         self.config, self.machine = config, machine
         self.start = checkpoint  # the model that training starts from
-        self.spec = prepare_data.tokenizer_of(checkpoint, config.init_from)
-        self.tokenizer = prepare_data.build_tokenizer(self.spec)
+        self.spec, self.tokenizer = prepare_data.load_tokenizer(checkpoint, config.init_from)
         self.end = self.tokenizer.eot_token
         with damaged(config.init_from):
             self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout, attn_dropout=0.0)
-        self.gpt.resize(min(self.tokenizer.n_vocab, self.gpt.config.vocab_size), config.block_size)
+        self.gpt.resize(self.tokenizer.n_vocab, config.block_size)
         self.block_size = self.gpt.config.block_size
         default = prepare_data.default_template(self.tokenizer)
         self.template = config.template or checkpoint.get("template") or default
@@ -616,10 +615,10 @@ def clipped_loss(log_probs, old_log_probs, advantages):
 
 
 class GRPO(Task):
-    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): makes answers that a
-    reward model scores higher more likely, but stays close to the reference, the model at the
-    start. Several answers to a prompt are sampled and compared: A_i = (s_i − mean s) / std s. GRPO
-    suits cheap sampling; PPO, whose critic learns from every answer, suits expensive answers."""
+    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): makes answers more
+    likely that a reward model scores higher, but stays close to the reference, the initial model.
+    Several answers to a prompt are sampled and compared: A_i = (s_i − mean s) / std s. GRPO suits
+    cheap sampling; PPO, whose critic learns from every answer, suits expensive answers."""
 
     curves = ("score", "val_score")
 
@@ -658,15 +657,15 @@ class GRPO(Task):
         examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
         sampled = self.respond(examples)  # reproducible, as train() seeds every step
         mask = sampled["targets"] != -100
-        tensors = [sampled[name] for name in ("idx", "targets", "log_probs")]
+        tensors = (sampled["idx"], sampled["targets"], sampled["log_probs"])
         tensors += self.credit(mask, **sampled)
         self.model.train()
         for _ in range(PASSES):
             for part in torch.randperm(len(mask)).tensor_split(min(PARTS, len(mask))):
                 with self.machine.autocast():
                     yield [self.loss(*(tensor[part] for tensor in tensors))]
-        means = {name: sampled[name] for name in ("kl", "ended")}
-        self.record(score=sampled["scores"], length=mask.sum(1), **means)
+        self.record(score=sampled["scores"], kl=sampled["kl"])
+        self.record(length=mask.sum(1), ended=sampled["ended"])
         state["examples"] += len(examples)
         state["tokens"] += int(mask.sum())
 
@@ -678,8 +677,8 @@ class GRPO(Task):
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
     def policy_loss(self, idx, targets, old_log_probs, advantages):
-        """-> the clipped loss; log π of the targets, (N,), and the states that predict them, (N, C),
-        without the places that have no target."""
+        """Returns the clipped loss and, for all N targets, log π (N,) and the states that predict
+        them (N, C)."""
         mask = targets != -100
         log_probs, x = token_log_probs(self.gpt, idx, targets)
         loss, clipped = clipped_loss(log_probs[mask], old_log_probs[mask], advantages[mask])
@@ -687,8 +686,8 @@ class GRPO(Task):
         return loss, log_probs[mask], x[mask]
 
     def credit(self, mask, scores, reference, **sampled):
-        """-> the last arguments of loss(), (B, T): advantages, equal for all tokens of an answer,
-        and log ρ."""
+        """Returns the last arguments of loss(), (B, T): advantages, equal for all tokens of an
+        answer, and log ρ."""
         groups = scores.view(-1, self.config.group_size)
         advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         return advantages.view(-1, 1) * mask, reference
@@ -724,7 +723,7 @@ class PPO(GRPO):
         self.add_head(1, std=0)
 
     def credit(self, mask, scores, log_probs, reference, x, **sampled):
-        """-> the last arguments of loss(), (B, T): advantages, with mean 0 and variance 1, and
+        """Returns the last arguments of loss(), (B, T): advantages, with mean 0 and variance 1, and
         returns. Each token costs β (log π − log ρ); the last one earns the score."""
         with torch.no_grad():
             values = self.apply_head(x)[..., 0] * mask

@@ -515,6 +515,15 @@ def tokenizer_of(checkpoint, path):
     return spec or {"name": "gpt2"}
 
 
+def load_tokenizer(checkpoint, path):
+    """Returns the spec of a checkpoint's tokenizer, and the tokenizer."""
+    spec, vocab_size = tokenizer_of(checkpoint, path), checkpoint["config"]["vocab_size"]
+    tokenizer = build_tokenizer(spec)
+    if tokenizer.n_vocab > vocab_size:
+        raise ValueError(f"{path} has {vocab_size} tokens, too few for tokenizer {spec['name']}")
+    return spec, tokenizer
+
+
 # --- the data folder ------------------------------------------------------------------------------
 
 

@@ -48,20 +48,14 @@ class SampleConfig:
 
 
 def load_model(config):
-    """Returns the model in float32, its tokenizer, and the checkpoint."""
+    """Returns the model in float32, its tokenizer, and the rest of the checkpoint."""
     checkpoint = load_checkpoint(config.init_from)
-    tokenizer = prepare_data.build_tokenizer(
-        prepare_data.tokenizer_of(checkpoint, config.init_from)
-    )
+    spec, tokenizer = prepare_data.load_tokenizer(checkpoint, config.init_from)
     with damaged(config.init_from):
         model = GPT.from_checkpoint(checkpoint)
-        if tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(
-                "the tokenizer has more tokens than the model; tokenizer.json missing?"
-            )
         # drops rows that only pad the vocabulary, so that they are never sampled
         model.resize(vocab_size=tokenizer.n_vocab)
-    return model, tokenizer, checkpoint
+    return model, tokenizer, {**checkpoint, "tokenizer": spec}
 
 
 def prepare(model, config):
@@ -217,8 +211,7 @@ def main(argv=None):
         raise ValueError("--start is empty: give it some text")
     model, tokenizer, checkpoint = load_model(config)
     if config.save_pretrained:
-        spec = prepare_data.tokenizer_of(checkpoint, config.init_from)
-        prepare_data.save_tokenizer(spec, config.save_pretrained)
+        prepare_data.save_tokenizer(checkpoint["tokenizer"], config.save_pretrained)
         model.save_pretrained(config.save_pretrained, tokenizer.eot_token)
         print(f"wrote the model and its tokenizer to {config.save_pretrained}")
         return

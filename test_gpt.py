@@ -856,7 +856,10 @@ def test_small_models_are_sampled_on_one_thread_in_float32(monkeypatch):
         torch.set_num_threads(2)
         sample.main(["--init_from=."])
         assert torch.get_num_threads() == threads
-    assert dtypes == [torch.float32, torch.bfloat16]
+    record = lambda model, *args: dtypes.append(model.lm_head.weight.dtype)
+    monkeypatch.setattr(sample, "print_surprise", record)
+    sample.main(["--init_from=.", "--start=a", "--surprise"])  # a measurement
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
 
 
 def test_weights_packed_for_generation_give_the_same_logits():
@@ -890,6 +893,14 @@ def test_a_resumed_run_keeps_its_number_of_threads():
     torch.set_num_threads(2)
     train.main(["--init_from=resume", "--max_iters=2"])
     assert torch.get_num_threads() == 1
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
+    checkpoint, model = load_checkpoint("base"), GPT.from_pretrained("base")
+    model.resize(vocab_size=100)
+    gpt.save_checkpoint("best.pt", {**checkpoint, **model.checkpoint()})
+    with pytest.raises(ValueError, match="best.pt has 100 tokens, too few"):
+        sample.main(["--init_from=best.pt"])
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_complete(capsys, monkeypatch):
@@ -1183,10 +1194,13 @@ def test_lora_begins_at_nothing_adds_its_scaled_product_and_can_be_merged():
     before = model(idx)
     finetune.add_lora(model, rank=2, alpha=6.0, dropout=0.0)
     assert torch.equal(model(idx), before)
+    linear = model.transformer.h[0].mlp.c_fc
+    trained = [name for name, weight in linear.named_parameters() if weight.requires_grad]
+    assert trained == ["lora_A", "lora_B"]
     far_from_new(model)
     merged = GPT.from_checkpoint({**model.checkpoint(), "model": finetune.merged_weights(model)})
     assert_close(merged(idx), model(idx))
-    linear, x = model.transformer.h[0].mlp.c_fc, torch.randn(4, 16)
+    x = torch.randn(4, 16)
     product = x @ linear.lora_A.T @ linear.lora_B.T
     assert_close(linear(x), F.linear(x, linear.weight, linear.bias) + 3 * product)
 
@@ -1578,6 +1592,11 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(toy_r
     sampled = task.respond(task.splits["train"][:2])
     assert sampled["ended"].tolist() == [False, True]
     assert sampled["scores"].diff().item() == pytest.approx(1)
+
+
+def test_a_hundred_examples_are_spread_over_all():
+    assert finetune.up_to_100(range(250)) == range(0, 250, 3)
+    assert finetune.up_to_100(range(7)) == range(7)
 
 
 def test_grpo_compares_the_answers_to_one_prompt(toy_reward):
