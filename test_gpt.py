@@ -785,12 +785,13 @@ def test_a_killed_run_resumes_to_the_same_bits():
 def test_two_processes_train_as_one_until_a_signal_stops_both_and_one_continues():
     flags = "--dropout=0 --log_interval=1 --lr_decay_iters=100 --eval_iters=100"
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 -m train"
-    run = start(f"{torchrun} --data=prepared --out_dir=two {SMALL} {flags} --max_iters=100000")
+    halves = "--batch_size=2 --gradient_accumulation_steps=2 --max_iters=100000"
+    run = start(f"{torchrun} --data=prepared --out_dir=two {SMALL} {flags} {halves}")
     wait_for("two/metrics.csv", run)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) != 0
     last = f"--max_iters={load_checkpoint('two/last.pt')['state']['step'] + 10}"
-    two = resume("two", f"{last} --gradient_accumulation_steps=2")
+    two = resume("two", f"{last} --gradient_accumulation_steps=4")
     one = run_training("one", f"{flags} {last} --batch_size=8")
     for name in ("train_loss", "val_loss"):
         assert column("one", name) == pytest.approx(column("two", name), abs=1e-4)

@@ -404,8 +404,10 @@ def report(config, machine, task, state, losses, norm, clock, evaluates):
     minutes, seconds = divmod(round((config.max_iters - step) * row["seconds"] / step), 60)
     line = f"step {step:5}/{config.max_iters}  loss {loss:.3f}  {row['tokens_per_s']:,} tokens/s  "
     line += f"{minutes}:{seconds:02} left  {format_metrics(metrics)}"
+    if sys.stdout.isatty():
+        line = line.ljust(79)  # hides the line before
     is_live = sys.stdout.isatty() and not evaluates
-    print(line.ljust(79), end="\r" if is_live else "\n", flush=True)  # hides the line before
+    print(line, end="\r" if is_live else "\n", flush=True)
 
 
 def format_metrics(metrics):
