@@ -55,7 +55,7 @@ class FinetuneConfig(RunConfig):
     block_size: int = 0  # new context length; if longer, wpe is trained, too (0: the model's)
     dropout: float = 0.0  # on embeddings and residual branches
     min_lr: float = 0.0  # final, reached at the end of the decay
-    weight_decay: float = 0.0  # 0, so that what the examples do not use stays as it is
+    weight_decay: float = 0.0  # of matrices; it would shrink what the examples do not use
     # some tasks have other defaults
     batch_size: int = 8  # examples per micro-batch; for ppo and grpo, prompts per step
     learning_rate: float = 0.0  # peak, reached after warmup (0: the task's, lower for wider models)

@@ -360,6 +360,12 @@ def test_greedy_sampling_takes_the_likeliest_token_and_none_where_one_is_not_fin
             gpt.sample(torch.tensor([[1.0, math.nan]]), temperature)
 
 
+def test_a_logit_of_minus_infinity_bans_its_token():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(50, 3)
+    for how in ({}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.9}):
+        assert (gpt.sample(logits, **how) == 1).all()
+
+
 def test_top_k_keeps_exactly_k_tokens_even_among_equals_and_top_p_the_fewest_that_reach_p():
     def drawn(logits, **how):  # what a hundred draws give for each row
         draws = gpt.sample(logits.repeat(100, 1), **how).view(100, -1)

@@ -279,9 +279,7 @@ class Pretraining:
         print(f"{total:,} parameters, on {self.machine.device} in {config.dtype}")
         print(f"{tokens:,} training tokens: {epochs:.1f} epochs")
         print(f"{flops * tokens:.1e} floating-point operations: {flops:,} per token")
-        print(
-            f"{tokens / total:.1f} tokens per parameter; about 20 use compute best (Hoffmann et al. 2022)"
-        )
+        print(f"{tokens / total:.1f} tokens per parameter; 20 is optimal (Hoffmann et al. 2022)")
 
 
 def perplexity(loss):
