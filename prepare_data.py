@@ -308,9 +308,8 @@ def count_pieces(texts):
 def train_bpe(texts, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016; on bytes, as in Radford et al. 2019).
 
-    Starts with the 256 bytes and merges the most frequent adjacent pair (in a tie, the one with the
-    smaller ids) repeatedly, until there are vocab_size tokens or no pair occurs twice.
-    Returns {token bytes: rank}.
+    Merges the most frequent pair of adjacent tokens, at first bytes (in a tie, the smaller ids),
+    until there are vocab_size tokens or no pair occurs twice. Returns {token bytes: rank}.
 
     >>> list(train_bpe(["low lower lowest"], 259))[256:]
     [b'lo', b'low', b' low']
@@ -332,15 +331,12 @@ def train_bpe(texts, vocab_size):
         new = chr(len(tokens))
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
         new_pairs = collections.defaultdict(list)  # and the pieces that contain them
-        for i in pieces_with.pop(pair):
-            if pair not in pieces[i]:  # lost to an earlier merge
-                continue
+        for i in [i for i in pieces_with.pop(pair) if pair in pieces[i]]:  # others have lost it
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
-            # (x, left) becomes (x, new); (right, y) becomes (new, y)
+            # pairs with the neighbors x and y: (x, left) becomes (x, new), (right, y) (new, y)
             changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]
             changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]
-            # between two pairs without anything between them, (right, left) becomes (new, new)
             changes += [(right + left, new + new) for part in parts[1:-1] if not part]
             for lost, gained in changes:
                 pair_counts[lost] -= count
