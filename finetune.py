@@ -235,14 +235,15 @@ class Task:
         """A linear layer that reads the last token of a text, whose state has seen the whole text.
         The head of a checkpoint of the same task, with the same labels, is reused."""
         config, start = self.config, self.start
+        is_there = (start.get("task"), start.get("labels")) == (config.task, self.labels)
+        if self.has_head and not is_there and (config.predict or config.eval_only):
+            raise ValueError(f"{config.init_from} has no head for --task={config.task}: train one")
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
-        if (start.get("task"), start.get("labels")) == (config.task, self.labels):
+        if is_there:
             with damaged(config.init_from):
                 head.load_state_dict(start["head"])
-        elif self.has_head and (config.predict or config.eval_only):  # not PPO's critic
-            raise ValueError(f"{config.init_from} has no head; train one: --task={config.task}")
 
     def apply_head(self, x):
         """In float32: bfloat16 would round scores to steps of about 0.03."""
@@ -890,6 +891,8 @@ def settings(flags):
     name = flags.get("task", FinetuneConfig.task)
     if name not in TASKS:
         raise ValueError(f"--task={name}: choose from {', '.join(TASKS)}")
+    if flags.get("predict") == "":
+        raise ValueError("--predict is empty: give it some text")
     defaults = TASK_DEFAULTS[name] | {"learning_rate": 0.0}  # see Task.prepare
     return FinetuneConfig(**{"out_dir": f"out/{name}", **defaults, **flags})
 

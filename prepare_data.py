@@ -88,7 +88,7 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
                     yield str(path), html_to_text(text) if is_page else text
                 except UnicodeDecodeError as error:
                     where = f"{path}, document at byte {offset}"
-                    skip(f"{where}: {error}; not UTF-8? Convert it: iconv -f latin1 -t utf-8")
+                    skip(f"{where}: {error}; if it is text: iconv -f latin1 -t utf-8")
         except OSError as error:
             skip(f"{path}: {error.strerror}")
 

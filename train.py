@@ -402,8 +402,7 @@ def report(config, machine, task, state, losses, norm, clock, evaluates):
     minutes, seconds = divmod(round((config.max_iters - step) * row["seconds"] / step), 60)
     line = f"step {step:5}/{config.max_iters}  loss {loss:.3f}  {row['tokens_per_s']:,} tokens/s  "
     line += f"{minutes}:{seconds:02} left  {format_metrics(metrics)}"
-    if sys.stdout.isatty():
-        line = line.ljust(79)  # hides the line before
+    line = line.ljust(79) if sys.stdout.isatty() else line.rstrip()  # hides the line before
     is_live = sys.stdout.isatty() and not evaluates
     print(line, end="\r" if is_live else "\n", flush=True)
 
@@ -485,8 +484,10 @@ def load_run(config_class, flags):
     path = pathlib.Path(flags["out_dir"], "last.pt")
     saved = load_checkpoint(path)
     with damaged(path):
-        init_from = saved["run_config"]["init_from"]
-        return config_class(**{**saved["run_config"], **flags, "init_from": init_from}), saved
+        config = saved["run_config"]
+    if not config.keys() <= vars(config_class()).keys():
+        raise ValueError(f"{path} was begun by another script (train.py or finetune.py)")
+    return config_class(**{**config, **flags, "init_from": config["init_from"]}), saved
 
 
 def make_model(config, flags, meta, saved):
