@@ -8,7 +8,7 @@
     python finetune.py --task=choice --data=hellaswag.jsonl             # evaluation only
     python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
     python finetune.py --task=reward --init_from=out/instruct           # score answers
-    python finetune.py --task=ppo --init_from=out/instruct              # write answers that score high
+    python finetune.py --task=ppo --init_from=out/instruct              # learn to score high
     python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
 
 The loop is train.train(). A task turns a row of a file into an example, and a batch of examples
@@ -75,7 +75,7 @@ class FinetuneConfig(RunConfig):
     loss_on_prompt: bool = False  # for instruct: learn the prompts, too
     beta: float = 0.1  # for dpo, ppo, grpo: the penalty for drifting from the reference model
     reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
-    group_size: int = 1  # for ppo and grpo (8): answers per prompt
+    group_size: int = 1  # for ppo and grpo: answers per prompt (default for grpo: 8)
 
 
 # where the tasks differ; the learning rates are for a model that is 128 wide
@@ -159,7 +159,7 @@ class Task:
         self.block_size = self.gpt.config.block_size
         default = prepare_data.default_template(self.tokenizer)
         self.template = config.template or checkpoint.get("template") or default
-        self.too_long = 0  # examples that were truncated
+        self.too_long = 0  # rows that were truncated
         self.measured = collections.defaultdict(list)  # values since the last row of metrics.csv
         self.splits = {} if config.predict else self.read_examples()
         self.model = nn.ModuleDict({"gpt": self.gpt})
@@ -271,11 +271,10 @@ class Task:
         config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
         lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
         self.lengths = np.array(lengths)
-        per_step = config.batch_size * max(1, config.gradient_accumulation_steps)
+        per_step = config.batch_size * config.gradient_accumulation_steps
         per_epoch = math.ceil(len(self.lengths) / per_step)
         config.eval_interval = config.eval_interval or per_epoch
         config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
-        check_counts(config)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
@@ -616,8 +615,8 @@ def clipped_loss(log_probs, old_log_probs, advantages):
 
 
 class GRPO(Task):
-    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): makes answers more
-    likely that a reward model scores higher, but stays close to the reference, the initial model.
+    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): learns to write
+    answers that a reward model scores high, but stays close to the reference, the initial model.
     Several answers to a prompt are sampled and compared: A_i = (s_i − mean s) / std s. GRPO suits
     cheap sampling; PPO, whose critic learns from every answer, suits expensive answers."""
 
@@ -899,6 +898,7 @@ def settings(flags):
 
 def check(config):
     """Raises ValueError for incompatible settings."""
+    check_counts(config, "max_new_tokens", "group_size", "lora_rank")
     task = TASKS[config.task]
     weights = ["all", "last_block", "lora"] + (["head"] if task.has_head else [])
     for flag, choices in {"train": weights, "template": ["", "roles", "alpaca"]}.items():

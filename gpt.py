@@ -287,9 +287,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **dropout):
-        """Builds the model from what load_checkpoint returned, in float32 and eval mode; dropout=...
-        and attn_dropout=... replace its own. Shares float32 weights with the checkpoint. A damaged
-        one can raise any exception.
+        """Builds the model from what load_checkpoint returned, in float32 and eval mode; dropout
+        and attn_dropout can be replaced. Float32 weights are shared, not copied. If the
+        checkpoint is damaged, any exception can be raised.
         """
         with torch.device("meta"):  # shapes alone: no memory, no random numbers
             model = cls(GPTConfig(**{**checkpoint["config"], **dropout}))
@@ -337,7 +337,7 @@ def keep_top_p(logits, p):
     probs, order = F.softmax(logits, dim=-1).sort(descending=True)
     dropped = probs.cumsum(-1) - probs >= p  # the more likely tokens already reach p
     dropped[:, 0] = False  # always keep the most likely
-    # in the order of logits again
+    # back in the order of logits
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
 
 

@@ -66,7 +66,7 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
     """Yields (source, text) for every document in files, folders and URLs, or in Python's manual.
 
     A text file is one document, or several with separator between them; .json and .jsonl have one
-    per object, in text_field; HTML is stripped of its markup. Raises ValueError if an input does not
+    per object, in text_field; HTML is stripped of markup. Raises ValueError if an input does not
     exist; calls skip(reason) for each document that cannot be read.
     """
     if not inputs:
@@ -225,7 +225,7 @@ def library_docstrings():
     entries = []
 
     def visit(node, module, name):
-        if text := ast.get_docstring(node):  # "" if it is blank
+        if text := ast.get_docstring(node):  # "" if it has only spaces
             arguments = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
             entries.append((module, name + arguments, text))
         for child in ast.iter_child_nodes(node):
@@ -328,16 +328,15 @@ def train_bpe(texts, vocab_size):
             heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
         left, right = pair
-        new = chr(len(tokens))
+        new = chr(len(tokens))  # N below, where x and y are its neighbors
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
         new_pairs = collections.defaultdict(list)  # and the pieces that contain them
         for i in [i for i in pieces_with.pop(pair) if pair in pieces[i]]:  # others have lost it
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
-            # pairs with the neighbors x and y: (x, left) becomes (x, new), (right, y) (new, y)
-            changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]
-            changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]
-            changes += [(right + left, new + new) for part in parts[1:-1] if not part]
+            changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]  # xN
+            changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]  # Ny
+            changes += [(right + left, new + new) for part in parts[1:-1] if not part]  # NN
             for lost, gained in changes:
                 pair_counts[lost] -= count
                 pair_counts[gained] += count
@@ -416,13 +415,13 @@ ALPACA_INPUT = ", paired with an input that provides further context"
 
 
 def default_template(tokenizer):
-    """ "roles" if the vocabulary has tokens for them, otherwise "alpaca", which is plain text."""
+    """The template "roles" if the vocabulary has its tokens, otherwise the plain-text "alpaca"."""
     return "roles" if tokenizer.special_tokens_set.issuperset(ROLES) else "alpaca"
 
 
 def chat_parts(messages, tokenizer, template):
-    """A conversation, [{"role", "content"}, ...], as [(tokens, is_answer), ...]. An answer ends with
-    <|endoftext|>; it is encoded separately from the text before it, as the model writes it."""
+    """A conversation, [{"role", "content"}, ...], as [(tokens, is_answer), ...]. An answer ends
+    with <|endoftext|> and is encoded separately from the text before it, as the model writes it."""
     parts = []
     for message in messages:
         role, content = message["role"], clean(message["content"])
@@ -450,8 +449,8 @@ def chat_prompt(messages, tokenizer, template):
 
 # --- tokenizers in Hugging Face's format ----------------------------------------------------------
 
-# GPT-2's files spell each byte as a visible character: Latin-1's, or if that is a space or a control
-# character, the next unused one from 256 on.
+# GPT-2's files spell each byte as a visible character: Latin-1's, or if that is a space or a
+# control character, the next unused one from 256 on.
 OTHER = map(chr, itertools.count(256))
 VISIBLE = "".join(c if c.isprintable() and c != " " else next(OTHER) for c in map(chr, range(256)))
 

@@ -48,7 +48,7 @@ class SampleConfig:
 
 
 def load_model(config):
-    """Returns the model in float32, its tokenizer, and the rest of the checkpoint."""
+    """Returns the model in float32, its tokenizer, and the checkpoint with the tokenizer's spec."""
     checkpoint = load_checkpoint(config.init_from)
     spec, tokenizer = prepare_data.load_tokenizer(checkpoint, config.init_from)
     with damaged(config.init_from):
@@ -58,11 +58,11 @@ def load_model(config):
     return model, tokenizer, {**checkpoint, "tokenizer": spec}
 
 
-def prepare(model, config):
+def to_device(model, config):
     """Moves the model to the device, in the type that is fastest there for its size."""
     device = pick_device(config.device)
     # A small model gains nothing from bfloat16, and little from threads, which stall when the
-    # machine is busy. Pictures and probabilities are exact.
+    # machine is busy. Pictures and probabilities are computed in float32.
     is_small = model.config.n_embd < 512
     if is_small:
         torch.set_num_threads(1)
@@ -215,7 +215,7 @@ def main(argv=None):
         model.save_pretrained(config.save_pretrained, tokenizer.eot_token)
         print(f"wrote the model and its tokenizer to {config.save_pretrained}")
         return
-    prepare(model, config)
+    to_device(model, config)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
     if config.attention:
         draw_attention(model, tokenizer, prompt, config.attention)

@@ -52,7 +52,7 @@ tokens = functools.partial(torch.randint, 50)  # tokens((B, T))
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
-    """A folder with the data folder "prepared", the run "base", and the files that IMPOSSIBLE names."""
+    """A folder with the data "prepared", the run "base", and the files that IMPOSSIBLE names."""
     folder = tmp_path_factory.mktemp("session")
     data, text = prepare(folder / "prepared", story(4000)), story(500, seed=9) + "zzz zzz"
     train.main(f"--data={folder}/prepared --out_dir={folder}/base {SMALL} --dropout=0".split())
@@ -171,7 +171,7 @@ def assert_same_run(a, b):
 
 
 def watch(monkeypatch, see, training=True):
-    """Calls see(n, idx, loss) for the n-th batch; what it returns, if anything, becomes the loss."""
+    """Calls see(n, idx, loss) for the n-th batch; what it returns, if any, becomes the loss."""
     forward, numbers = GPT.forward, itertools.count(1)
 
     def watched(model, idx, targets=None):
@@ -873,7 +873,7 @@ def test_weights_packed_for_generation_give_the_same_logits():
     model, idx = tiny_model(), tokens((2, 16))
     logits = model(idx)
     sample.pack_weights(model)
-    model.transformer.h[0].mlp.c_fc.weight.data.zero_()  # the packed copy is what counts
+    model.transformer.h[0].mlp.c_fc.weight.data.zero_()  # only the packed copy is read
     assert_close(model(idx), logits)
 
 
@@ -1689,6 +1689,8 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (train, "different tokenizers", "--init_from=base --data=other"),
     (finetune, "FLAG=swim.*classify", "--task=swim"),
     (finetune, "FLAG=some.*(lora|alpaca)", "--train=some", "--template=some"),
+    (finetune, "FLAG=0: must be 1 or more", "--batch_size=0", "--max_new_tokens=0"),
+    (finetune, "FLAG=0: must be 1 or more", "--group_size=0", "--lora_rank=0"),
     (finetune, "--train=head", "--task=instruct --train=head"),
     (finetune, "the label 'bird'", "--val=bird.jsonl"),
     (finetune, "base has no head for --task=classify: train one", "--predict=a"),

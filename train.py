@@ -58,9 +58,8 @@ class RunConfig:  # shared with finetune.py
 
 
 def check_counts(config, *names):
-    """Raises ValueError if one of these settings is below 1."""
-    names += ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval")
-    for name in names:
+    """Raises ValueError if one of these settings, or of those that all tasks have, is below 1."""
+    for name in ("batch_size", "gradient_accumulation_steps", "log_interval", *names):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name}={getattr(config, name)}: must be 1 or more")
 
@@ -255,11 +254,8 @@ class Pretraining:
             total += loss.item() * len(windows)
         self.model.train()
         loss = machine.sum(total) / len(chosen)
-        return {
-            "val_loss": loss,
-            "val_perplexity": perplexity(loss),
-            "val_bpb": loss * self.bits_per_nat,
-        }
+        bpb = loss * self.bits_per_nat
+        return {"val_loss": loss, "val_perplexity": perplexity(loss), "val_bpb": bpb}
 
     def checkpoint(self):
         tokenizer, digest = self.meta["tokenizer"], self.meta["digest"]
@@ -327,7 +323,7 @@ def train(config, machine, task, saved=None):
                 optimizer.zero_grad(set_to_none=True)
             state["step"] += 1
 
-            interrupted = machine.sum(len(signals)) > 0  # any process
+            interrupted = machine.sum(len(signals)) > 0  # in any process
             is_last = state["step"] == config.max_iters
             evaluates = is_last or state["step"] % config.eval_interval == 0
             if evaluates or interrupted or state["step"] % config.log_interval == 0:
@@ -399,12 +395,12 @@ def report(config, machine, task, state, losses, norm, clock, evaluates):
     metrics = task.stats | (task.evaluate() if evaluates else {})
     rows.append(row | metrics)
 
-    minutes, seconds = divmod(round((config.max_iters - step) * row["seconds"] / step), 60)
+    left = round((config.max_iters - step) * row["seconds"] / step)
     line = f"step {step:5}/{config.max_iters}  loss {loss:.3f}  {row['tokens_per_s']:,} tokens/s  "
-    line += f"{minutes}:{seconds:02} left  {format_metrics(metrics)}"
-    line = line.ljust(79) if sys.stdout.isatty() else line.rstrip()  # hides the line before
-    is_live = sys.stdout.isatty() and not evaluates
-    print(line, end="\r" if is_live else "\n", flush=True)
+    line += f"{left // 60}:{left % 60:02} left  {format_metrics(metrics)}"
+    is_terminal = sys.stdout.isatty()
+    line = line.ljust(79) if is_terminal else line.rstrip()  # covers the previous line
+    print(line, end="\r" if is_terminal and not evaluates else "\n", flush=True)
 
 
 def format_metrics(metrics):
@@ -423,7 +419,7 @@ def save(config, machine, task, optimizer, state):
         state["evaluations_since"] += 1
     if machine.rank > 0:
         return
-    if not state["has_saved"] and [*folder.glob("best.pt"), *folder.glob("last.pt")]:
+    if not state["has_saved"] and any((folder / f).exists() for f in ("best.pt", "last.pt")):
         (folder / "previous").mkdir(exist_ok=True)
         for name in ("metrics.csv", "loss.png", "best.pt", "last.pt"):
             if (folder / name).exists():
@@ -480,7 +476,7 @@ def stop_signals(machine):
 
 
 def load_run(config_class, flags):
-    """-> the config of the run in --out_dir with these flags applied, and its last.pt."""
+    """Returns the config of the run in --out_dir, with these flags applied, and its last.pt."""
     path = pathlib.Path(flags["out_dir"], "last.pt")
     saved = load_checkpoint(path)
     with damaged(path):
@@ -526,7 +522,7 @@ def main(argv=None):
     config, saved = TrainConfig(**flags), None
     if config.init_from == "resume":
         config, saved = load_run(TrainConfig, {"out_dir": config.out_dir, **flags})
-    check_counts(config, "eval_iters")
+    check_counts(config, "eval_interval", "eval_iters")
     machine = Machine(config)
     has_files = any(path.is_file() for path in pathlib.Path(config.data).glob("[!.]*"))
     if config.data == TrainConfig.data and not has_files and machine.rank == 0:
