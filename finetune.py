@@ -8,13 +8,16 @@
     python finetune.py --task=choice --data=hellaswag.jsonl             # evaluation only
     python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
     python finetune.py --task=reward --init_from=out/instruct           # score answers
-    python finetune.py --task=ppo --init_from=out/instruct              # learn to score high
-    python finetune.py --task=grpo --init_from=out/instruct             # the same, without a critic
+    python finetune.py --task=ppo --init_from=out/instruct      # write answers that score highly
+    python finetune.py --task=grpo --init_from=out/instruct     # the same, without a critic
+    python finetune.py --task=grpo --help                       # the task's settings
 
-The loop is train.train(). A task turns a row of a file into an example, and a batch of examples
-into terms: the loss and any other metrics. best.pt is a complete model, LoRA merged in.
+In the order of reading: the objectives, as functions that can be copied; LoRA; the settings; the
+tasks, each with its loss; reinforcement learning; files and examples. The loop is train.train().
+best.pt is a complete model, LoRA merged in.
 """
 
+import argparse
 import collections
 import copy
 import csv
@@ -25,7 +28,7 @@ import json
 import math
 import pathlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -34,62 +37,63 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
-from gpt import GPT, load_checkpoint, next_token_losses
-from prepare_data import ALPACA, clean, damaged, library_docstrings, position, write_file
-from train import Machine, RunConfig, check_counts, format_metrics, load_run, perplexity, train
+import train
+from gpt import GPT, cross_entropy, load_checkpoint
+from prepare_data import ALPACA, clean, damaged, hash_fraction, library_docstrings, write_file
+
+# --- objectives -----------------------------------------------------------------------------------
+
+# What the methods below minimize. Log-probabilities are of whole answers (N,) or of tokens, of any
+# shape; π is the model that is trained, ρ the reference, which stays as it was.
 
 
-@dataclass
-class FinetuneConfig(RunConfig):
-    task: str = "instruct"  # classify, instruct, choice, dpo, reward, ppo or grpo
-    init_from: str = "out"  # the model to start from: a run's folder, gpt2, ...; or resume
-    out_dir: str = ""  # folder for checkpoints and results (default: out/TASK)
-    data: str = ""  # examples: .jsonl, .json, .csv, .tsv (default: made from Python's manual)
-    val: str = ""  # examples for validation (default: a tenth of data)
-    test: str = ""  # examples for the test (default: a tenth of data)
-    eval_only: bool = False  # evaluate on all of data, without training
-    train: str = "all"  # weights to train: all, last_block, head (classify, reward) or lora
-    lora_rank: int = 8  # rank of the matrices that LoRA adds
-    lora_alpha: float = 16.0  # LoRA's product is scaled by alpha / rank
-    lora_dropout: float = 0.0  # on the input of LoRA's product
-    block_size: int = 0  # new context length; if longer, wpe is trained, too (0: the model's)
-    dropout: float = 0.0  # on embeddings and residual branches
-    min_lr: float = 0.0  # final, reached at the end of the decay
-    weight_decay: float = 0.0  # of matrices; it would shrink what the examples do not use
-    # some tasks have other defaults
-    batch_size: int = 8  # examples per micro-batch; for ppo and grpo, prompts per step
-    learning_rate: float = 0.0  # peak, reached after warmup (0: the task's, lower for wider models)
-    epochs: float = 3.0  # passes through the examples; not for ppo and grpo
-    max_iters: int = 0  # steps (0: as many as epochs take)
-    eval_interval: int = 0  # steps between evaluations (0: an epoch)
-    log_interval: int = 50  # steps between progress lines
-    max_new_tokens: int = 128  # maximum length of an answer
-    # classify
-    text_field: str = "text"  # column with the text
-    label_field: str = "label"  # column with the label
-    lm_weight: float = 0.5  # weight of the next-token loss, added to the label's
-    balance: bool = False  # downsample every label to the size of the rarest
-    predict: str = ""  # classify this text, or for reward score this answer, and exit
-    # conversations
-    template: str = ""  # of prompts: roles or alpaca (default: roles if the vocabulary has them)
-    loss_on_prompt: bool = False  # for instruct: learn the prompts, too
-    beta: float = 0.1  # for dpo, ppo, grpo: the penalty for drifting from the reference model
-    reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
-    group_size: int = 1  # for ppo and grpo: answers per prompt (default for grpo: 8)
+def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1):
+    """Direct preference optimization (Rafailov et al. 2023, equation 7): −log σ(margin), where
+    margin = β[log π/ρ (chosen) − log π/ρ (rejected)]. Takes log-probabilities of answers, (N,).
+    Returns the losses and the margins, (N,)."""
+    margins = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
+    return -F.logsigmoid(margins), margins
 
 
-# where the tasks differ; the learning rates are for a model that is 128 wide
-SAMPLING = {"learning_rate": 1e-4, "max_iters": 100, "eval_interval": 10, "log_interval": 1}
-SAMPLING |= {"max_new_tokens": 48}
-TASK_DEFAULTS = {
-    "classify": {"learning_rate": 1e-3, "epochs": 5.0},
-    "instruct": {"learning_rate": 5e-4, "epochs": 2.0},
-    "choice": {"eval_only": True},
-    "dpo": {"learning_rate": 1e-4},
-    "reward": {"learning_rate": 1e-3},
-    "ppo": {**SAMPLING, "batch_size": 32},
-    "grpo": {**SAMPLING, "group_size": 8},
-}
+def reward_loss(chosen, rejected):
+    """The model of Bradley and Terry: −log σ(chosen − rejected), from the scores of both answers,
+    (N,) -> (N,). (Ouyang et al. 2022, equation 1, with K = 2: two answers to each prompt.)"""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def group_advantages(scores, group_size):
+    """GRPO (Shao et al. 2024, section 4.1.2): A_i = (s_i − mean s) / std s, over the group_size
+    answers to each prompt, which are neighbors in scores (N,) -> (N,). Equal scores give 0."""
+    groups = scores.view(-1, group_size)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    return advantages.flatten()
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalized advantage estimation (Schulman et al. 2016, equation 16). All (B, T), where mask
+    marks the answer: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 past the
+    end. Returns the advantages, 0 outside of the answer."""
+    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # V_{t+1}
+    deltas = (rewards + gamma * next_values - values) * mask
+    advantages = [torch.zeros_like(deltas[:, 0])]
+    for delta in deltas.unbind(1)[::-1]:
+        advantages.append(delta + gamma * lam * advantages[-1])
+    return torch.stack(advantages[:0:-1], dim=1) * mask
+
+
+def clipped_loss(log_probs, old_log_probs, advantages, clip=0.2):
+    """PPO (Schulman et al. 2017, equation 7), negated, of each token: −min(r A, clip(r, 1 ± ε) A),
+    where r = π/π_old. Also returns which ratios r were outside the bounds."""
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.min(ratio * advantages, clipped * advantages), ratio != clipped
+
+
+def kl_estimate(log_probs, reference_log_probs):
+    """An estimate of the KL divergence of π from ρ at each token that π sampled, never negative:
+    ρ/π − log ρ/π − 1 (Shao et al. 2024, equation 4)."""
+    log_ratio = reference_log_probs - log_probs
+    return log_ratio.exp() - log_ratio - 1
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -97,8 +101,9 @@ TASK_DEFAULTS = {
 
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / rank) B A x, where W is frozen and only the small A and B are trained (Hu
-    et al. 2021, section 4.1). B starts at zero, so nothing changes at first. Replaces a linear
-    layer, whose weight and bias it shares and freezes."""
+    et al. 2021, section 4.1). B starts at zero, so nothing changes at first; A as in the authors'
+    code (the paper draws it from a Gaussian). Replaces a linear layer, whose weight and bias it
+    shares and freezes."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
         super().__init__(linear.in_features, linear.out_features, device="meta")  # no memory
@@ -131,6 +136,61 @@ def merged_weights(gpt):
     return weights
 
 
+# --- settings -------------------------------------------------------------------------------------
+
+
+@dataclass
+class FinetuneConfig(train.RunConfig):
+    task: str = "instruct"  # classify, instruct, choice, dpo, reward, ppo or grpo
+    init_from: str = "out"  # the model to start from: a run's folder, gpt2, ...; or resume
+    out_dir: str = ""  # folder for checkpoints and results (default: out/TASK)
+    data: str = ""  # examples: .jsonl, .json, .csv, .tsv (default: made from Python's manual)
+    val: str = ""  # examples for validation (default: a tenth of data)
+    test: str = ""  # examples for the test (default: a tenth of data)
+    eval_only: bool = False  # evaluate on all of data, without training
+    train: str = "all"  # weights to train: all, last_block, head (classify, reward) or lora
+    lora_rank: int = 8  # rank of the matrices that LoRA adds
+    lora_alpha: float = 16.0  # strength of LoRA: its output times alpha / rank
+    lora_dropout: float = 0.0  # share of values zeroed at random in LoRA's input
+    block_size: int = 0  # context length; a longer one trains positions, too (0: the model's)
+    dropout: float = 0.0  # share of values zeroed at random in training, against overfitting
+    min_lr: float = 0.0  # learning rate at the end of the decay
+    weight_decay: float = 0.0  # pulls matrices toward 0; erodes what the examples do not use
+    batch_size: int = 8  # examples that go through the model at once; ppo, grpo: prompts per step
+    learning_rate: float = 0.0  # peak (0: the task's rate, lower for wider models: see RATES)
+    epochs: float = 3.0  # passes through the examples; not for ppo and grpo
+    max_iters: int = 0  # training steps (0: as many as epochs take)
+    eval_interval: int = 0  # steps between evaluations (0: an epoch)
+    log_interval: int = 50  # steps between progress lines
+    max_new_tokens: int = 128  # maximum length of an answer
+    # classify
+    text_field: str = "text"  # column with the text
+    label_field: str = "label"  # column with the label
+    lm_weight: float = 0.5  # how much the next-token loss counts beside the label's
+    balance: bool = False  # downsample every label to the size of the rarest
+    predict: str = ""  # classify this text (reward: score this answer) and exit
+    # conversations
+    template: str = ""  # prompt format: roles (special tokens) or alpaca (default: the model's)
+    loss_on_prompt: bool = False  # for instruct: learn the prompts, too
+    beta: float = 0.1  # for dpo, ppo, grpo: the penalty for drifting from the reference model
+    reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
+    group_size: int = 1  # for ppo and grpo: answers per prompt
+
+
+# where a task's defaults differ; --task=TASK --help shows them
+SAMPLING = {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "max_new_tokens": 48}
+TASK_DEFAULTS = {
+    "classify": {"epochs": 5.0},
+    "instruct": {"epochs": 2.0},
+    "choice": {"eval_only": True},
+    "dpo": {},
+    "reward": {},
+    "ppo": {**SAMPLING, "batch_size": 32},
+    "grpo": {**SAMPLING, "group_size": 8},
+}
+# learning rates, tuned at width 128 (and for instruct at GPT-2's 768, where 3e-5 is best)
+RATES = {"classify": 1e-3, "instruct": 5e-4, "dpo": 1e-4, "reward": 1e-3, "ppo": 1e-4, "grpo": 1e-4}
+
 # --- what all tasks share -------------------------------------------------------------------------
 
 
@@ -138,33 +198,38 @@ class Task:
     """The part of train()'s interface that all tasks share. Each task adds
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
-                      "text": the text or prompt, and more}
+                      "text": the text or prompt, and more}; raises ValueError for a bad row
     terms(examples)   -> {name: (N,)}: training minimizes the mean of "loss"; an evaluation reports
                       the mean of each
     """
 
     columns = ("output",)  # those that hold a row's answers
     labels = None
-    has_head = False  # the result is a label or a score, not text
+    writes_text = True  # after training, rather than giving a label or a score
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
 
-    def __init__(self, config, machine, checkpoint):
-        self.config, self.machine = config, machine
-        self.start = checkpoint  # the model that training starts from
-        self.spec, self.tokenizer = prepare_data.load_tokenizer(checkpoint, config.init_from)
+    def __init__(self, config, machine, base, splits=("train", "val", "test")):
+        """base is the checkpoint that training starts from; without splits, no file is read."""
+        self.config, self.machine, self.base = config, machine, base
+        self.spec, self.tokenizer = prepare_data.load_tokenizer(base, config.init_from)
         self.end = self.tokenizer.eot_token
         with damaged(config.init_from):
-            self.gpt = GPT.from_checkpoint(checkpoint, dropout=config.dropout, attn_dropout=0.0)
+            self.gpt = GPT.from_checkpoint(base, dropout=config.dropout, attn_dropout=0.0)
         self.gpt.resize(self.tokenizer.n_vocab, config.block_size)
         self.block_size = self.gpt.config.block_size
+        self.max_new_tokens = config.max_new_tokens
         default = prepare_data.default_template(self.tokenizer)
-        self.template = config.template or checkpoint.get("template") or default
+        self.template = config.template or base.get("template") or default
         self.too_long = 0  # rows that were truncated
-        self.measured = collections.defaultdict(list)  # values since the last row of metrics.csv
-        self.splits = {} if config.predict else self.read_examples()
+        self.measured = collections.defaultdict(list)  # see train()
+        self.splits = read_examples(self) if splits else {}
+        # what a resumed run reads again, and must not have changed
+        self.inputs = {"examples": hashlib.sha256(repr(self.splits).encode()).hexdigest()}
         self.model = nn.ModuleDict({"gpt": self.gpt})
         self.set_up()
         self.model.to(machine.device)
+        rows = (example["rows"] for example in self.splits.get("train", ()))
+        self.lengths = np.array([max(len(idx) for idx, _ in some) for some in rows])
 
     def set_up(self):
         """Override to add anything beyond the model and the examples."""
@@ -172,33 +237,6 @@ class Task:
     def read(self, path):
         """Yields (where, row) of a file or, without one, of the default examples."""
         return read_rows(path) if path else manual_answers()
-
-    def encoded(self, path):
-        for where, row in self.read(path):
-            try:
-                example, group = self.encode(row), row.get("group")
-            except Exception as error:
-                raise ValueError(f"{where}: {error}") from error
-            yield {**example, "group": str(example["text"] if group in (None, "") else group)}
-
-    def read_examples(self):
-        """{"train", "val", "test": examples}. Files for val and test are kept whole; without them,
-        split_of holds out a tenth of data for each. No group or text is in two splits."""
-        config, splits = self.config, {"train": [], "val": [], "test": []}
-        for example in self.encoded(config.data):
-            splits[split_of(example["group"], config)].append(example)
-        held_out = set()  # the groups and texts of the splits before
-        for split, path in {"test": config.test, "val": config.val, "train": ""}.items():
-            new = [e for e in splits[split] if held_out.isdisjoint((e["group"], e["text"]))]
-            splits[split] = list(self.encoded(path)) if path and not config.eval_only else new
-            held_out |= {e[key] for e in splits[split] for key in ("group", "text")}
-        counts = {split: len(examples) for split, examples in splits.items()}
-        print(f"examples: {counts}; {self.too_long} rows were truncated to fit the context")
-        needed = ("test",) if config.eval_only else ("train", "val")
-        if not all(counts[split] for split in needed):
-            raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
-        self.digest = hashlib.sha256(repr(splits).encode()).hexdigest()
-        return splits
 
     def encode(self, row):
         example = conversation_of(row, *self.columns)
@@ -217,6 +255,11 @@ class Task:
             parts = [(part, True) for part, _ in parts]
         return to_row(parts, self.block_size)
 
+    def prompt(self, messages):
+        """Tokenizes a conversation, keeping only the end of a long one, to leave room to answer."""
+        limit = self.block_size - min(self.max_new_tokens, self.block_size // 2)
+        return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
+
     def collate(self, examples):
         """The rows of these examples -> idx and targets, (R, T), padded at the end, which causal
         attention ignores, and the index of each row's last token, (R,)."""
@@ -227,23 +270,19 @@ class Task:
         targets = pad_sequence(targets, batch_first=True, padding_value=-100)
         return self.machine.put(idx, targets, last)
 
-    def batch(self, n):
-        numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
-        return [self.splits["train"][i] for i in numbers]
-
     def add_head(self, outputs, std):
         """A linear layer that reads the last token of a text, whose state has seen the whole text.
         The head of a checkpoint of the same task, with the same labels, is reused."""
-        config, start = self.config, self.start
-        is_there = (start.get("task"), start.get("labels")) == (config.task, self.labels)
-        if self.has_head and not is_there and (config.predict or config.eval_only):
+        config, base = self.config, self.base
+        is_there = (base.get("task"), base.get("labels")) == (config.task, self.labels)
+        if not (is_there or self.writes_text) and (config.predict or config.eval_only):
             raise ValueError(f"{config.init_from} has no head for --task={config.task}: train one")
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
         if is_there:
             with damaged(config.init_from):
-                head.load_state_dict(start["head"])
+                head.load_state_dict(base["head"])
 
     def apply_head(self, x):
         """In float32: bfloat16 would round scores to steps of about 0.03."""
@@ -255,78 +294,31 @@ class Task:
         idx, _, last = self.collate(examples)
         return self.apply_head(self.gpt.hidden(idx)[torch.arange(len(idx)), last])
 
-    def prepare(self):
-        """Decides which weights are trained, how fast, in which batches, and for how many steps."""
-        config, gpt = self.config, self.gpt
-        gpt.requires_grad_(config.train == "all")
-        if config.train == "last_block":
-            gpt.transformer.h[-1].requires_grad_(True)
-            gpt.transformer.ln_f.requires_grad_(True)
-        if config.train == "lora":
-            add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
-        if self.block_size > self.start["config"]["block_size"]:
-            gpt.transformer.wpe.requires_grad_(True)
-        # tuned: for instructions, 5e-4 at width 128 and 3e-5 at GPT-2's 768; LoRA needs more
-        rate = TASK_DEFAULTS[config.task]["learning_rate"] * (3 if config.train == "lora" else 1)
-        config.learning_rate = config.learning_rate or rate * (128 / gpt.config.n_embd) ** 1.5
-        lengths = [max(len(idx) for idx, _ in e["rows"]) for e in self.splits["train"]]
-        self.lengths = np.array(lengths)
-        per_step = config.batch_size * config.gradient_accumulation_steps
-        per_epoch = math.ceil(len(self.lengths) / per_step)
-        config.eval_interval = config.eval_interval or per_epoch
-        config.max_iters = config.max_iters or math.ceil(config.epochs * per_epoch)
-        total = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
-        print(f"{config.learning_rate:.1e}, on {self.machine.device} in {config.dtype}")
+    def batch(self, n):
+        numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
+        return [self.splits["train"][i] for i in numbers]
 
-    def updates(self, state):
-        yield self.micro_losses(state)  # one update per step
+    def updates(self, step):
+        """The batches of one update; a batch is a list of examples."""
+        count = self.config.gradient_accumulation_steps
+        return [[self.batch(step * count + i) for i in range(count)]]
 
-    def micro_losses(self, state):
-        """Yields a loss for each micro-batch, divided so that they add up to the step's mean."""
-        config = self.config
-        first = state["examples"] // config.batch_size
-        self.model.train()  # evaluation turned dropout off
-        batches = [self.batch(first + i) for i in range(config.gradient_accumulation_steps)]
-        total = sum(self.count(example) for batch in batches for example in batch)
-        for batch in batches:
-            with self.machine.autocast():
-                terms = self.terms(batch)
-            yield terms.pop("loss").sum() / total
-            self.record(**terms)
-            state["examples"] += config.batch_size
-            state["tokens"] += sum(len(idx) for e in batch for idx, _ in e["rows"])
+    def loss(self, batch):
+        terms = self.terms(batch)
+        loss = terms.pop("loss").sum()
+        self.record(**terms)
+        return loss
 
-    def count(self, example):
-        """The number of losses that terms() returns for this example."""
-        return 1
+    def count(self, batch):
+        """The number of losses that terms() returns for these examples."""
+        return len(batch)
+
+    def tokens(self, batch):
+        return sum(len(idx) for example in batch for idx, _ in example["rows"])
 
     def record(self, **values):
         for name, value in values.items():
             self.measured[name].append(value.detach().float().mean())
-
-    @property
-    def stats(self):
-        """The means of what was recorded since this was last asked for."""
-        measured, self.measured = self.measured, collections.defaultdict(list)
-        return {name: torch.stack(values).mean().item() for name, values in measured.items()}
-
-    def checkpoint(self):
-        return {"model": self.model.state_dict(), "examples": self.digest}
-
-    def best_checkpoint(self):
-        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
-        best |= {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
-        if "head" in self.model:
-            best |= {"head": self.model["head"].state_dict(), "labels": self.labels}
-        return best
-
-    def load_best(self, best):
-        """Takes the weights of best.pt, into which LoRA is merged."""
-        self.model["gpt"] = self.gpt = GPT.from_checkpoint(best).to(self.machine.device)
-        if "head" in best:
-            self.model["head"].load_state_dict(best["head"])
 
     def in_batches(self, examples, function):
         """[function(batch) for each batch], with dropout off and without gradients."""
@@ -345,50 +337,23 @@ class Task:
     def report(self, folder=None):
         """Prints metrics on held-out examples; with a folder, may also write files there."""
         for split in filter(self.splits.get, ("val", "test")):
-            print(f"{split:5}", format_metrics(self.measure(split)), sep="  ")
+            print(f"{split:5}", train.format_metrics(self.measure(split)), sep="  ")
 
-    def prompt(self, messages):
-        """Tokenizes a conversation, keeping only the end of a long one, to leave room to answer."""
-        limit = self.block_size - min(self.config.max_new_tokens, self.block_size // 2)
-        return prepare_data.chat_prompt(messages, self.tokenizer, self.template)[-limit:]
+    def checkpoint(self):
+        return {"model": self.model.state_dict(), "inputs": self.inputs}
 
-    def answers(self, prompts, temperature=1.0):
-        """The model's answers to these prompts, in tokens, up to and including the end token."""
-        answers = {}
-        for length in sorted(set(map(len, prompts))):  # prompts of equal length need no padding
-            some = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) == length}
-            (idx,) = self.machine.put(torch.tensor([*some.values()]))
-            limits = (self.config.max_new_tokens, temperature)
-            steps = self.gpt.eval().generate(idx, *limits, stop_token=self.end)
-            for i, tokens in zip(some, torch.stack([*steps], dim=1).tolist()):
-                end = tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
-                answers[i] = tokens[:end]
-        return [answers[i] for i in range(len(prompts))]
+    def best_checkpoint(self):
+        best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
+        best |= {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
+        if "head" in self.model:
+            best |= {"head": self.model["head"].state_dict(), "labels": self.labels}
+        return best
 
-    def text(self, answer):
-        data = (prepare_data.token_bytes(self.tokenizer, t) for t in answer if t != self.end)
-        return b"".join(data).decode(errors="replace")
-
-    def write_answers(self, name, folder=None):
-        """Greedily answers some held-out prompts and stores each answer as example[name]. With a
-        folder, writes the examples to responses.jsonl."""
-        if self.has_head:
-            return
-        examples = up_to_100(self.splits["test"] or self.splits["val"])
-        answers = self.answers([self.prompt(e["messages"]) for e in examples], temperature=0)
-        for example, answer in zip(examples, answers):
-            example[name] = self.text(answer)
-        if folder:
-            lines = [{k: e[k] for k in e if k not in ("rows", "group", "text")} for e in examples]
-            for line in lines[:5]:
-                print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_file(folder / "responses.jsonl", text.encode())
-
-
-def up_to_100(examples):
-    """At most 100 examples, evenly spaced."""
-    return examples[:: math.ceil(len(examples) / 100)]
+    def load_best(self, best):
+        """Takes the weights of best.pt, into which LoRA is merged."""
+        self.model["gpt"] = self.gpt = GPT.from_checkpoint(best).to(self.machine.device)
+        if "head" in best:
+            self.model["head"].load_state_dict(best["head"])
 
 
 def token_log_probs(gpt, idx, targets):
@@ -396,8 +361,27 @@ def token_log_probs(gpt, idx, targets):
     them, (R, T, C). The sum over a row is the log p of its answer."""
     mask = targets != -100
     x = gpt.hidden(idx)
-    log_probs = -next_token_losses(gpt.lm_head, x[mask], targets[mask])
+    log_probs = -cross_entropy(gpt.lm_head(x[mask]), targets[mask])
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, log_probs), x
+
+
+def sample_answers(task, prompts, temperature=1.0):
+    """The model's answers to these prompts, in tokens, up to and including the end token."""
+    answers = {}
+    for length in sorted(set(map(len, prompts))):  # prompts of equal length need no padding
+        some = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) == length}
+        (idx,) = task.machine.put(torch.tensor([*some.values()]))
+        limits = (task.max_new_tokens, temperature)
+        steps = task.gpt.eval().generate(idx, *limits, stop_token=task.end)
+        for i, tokens in zip(some, torch.stack([*steps], dim=1).tolist()):
+            end = tokens.index(task.end) + 1 if task.end in tokens else len(tokens)
+            answers[i] = tokens[:end]
+    return [answers[i] for i in range(len(prompts))]
+
+
+def text_of_answer(task, answer):
+    data = (prepare_data.token_bytes(task.tokenizer, t) for t in answer if t != task.end)
+    return b"".join(data).decode(errors="replace")
 
 
 # --- learning from examples -----------------------------------------------------------------------
@@ -407,16 +391,16 @@ class Classify(Task):
     """Texts to labels: cross-entropy of the label, plus lm_weight times the next-token loss on the
     text, which helps when examples are few (Radford et al. 2018, equation 5)."""
 
-    has_head = True
+    writes_text = False
     curves = ("label_loss", "val_loss")
 
     def set_up(self):
-        train = self.splits.get("train", [])
-        labels = collections.Counter(example["label"] for example in train)
-        self.labels = sorted(labels) or self.start.get("labels", [])
-        if self.config.balance and train:
-            train.sort(key=lambda example: position(example["text"]))
-            by_label = [[e for e in train if e["label"] == label] for label in labels]
+        examples = self.splits.get("train", [])
+        labels = collections.Counter(example["label"] for example in examples)
+        self.labels = sorted(labels) or self.base.get("labels", [])
+        if self.config.balance and examples:
+            examples.sort(key=lambda example: hash_fraction(example["text"]))
+            by_label = [[e for e in examples if e["label"] == label] for label in labels]
             self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
         self.add_head(len(self.labels), std=0.02)
         if len(self.labels) < 2:
@@ -447,7 +431,7 @@ class Classify(Task):
         if not self.model.training:
             return {"loss": loss, "accuracy": accuracy}
         if config.lm_weight and config.train != "head":
-            losses = next_token_losses(self.gpt.lm_head, x.flatten(0, 1), targets.flatten())
+            losses = cross_entropy(self.gpt.lm_head(x).flatten(0, 1), targets.flatten())
             counts = (targets != -100).sum(1).clamp(min=1)
             loss = label_loss + config.lm_weight * losses.view(targets.shape).sum(1) / counts
         return {"loss": loss, "label_loss": label_loss, "accuracy": accuracy}
@@ -486,8 +470,10 @@ class Classify(Task):
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the tokens of the answers alone."""
 
-    def count(self, example):
-        return sum(target != -100 for target in example["rows"][0][1])
+    def count(self, batch):
+        """The number of targets, so that each weighs the same in a step."""
+        targets = (target for example in batch for target in example["rows"][0][1])
+        return sum(target != -100 for target in targets)
 
     def terms(self, examples):
         idx, targets, _ = self.collate(examples)
@@ -496,15 +482,17 @@ class Instruct(Task):
 
     def evaluate(self):
         metrics = super().evaluate()
-        return {**metrics, "val_perplexity": perplexity(metrics["val_loss"])}
+        return {**metrics, "val_perplexity": train.perplexity(metrics["val_loss"])}
 
 
 class Choice(Task):
     """Which ending of a text is most likely? In the format of HellaSwag (Zellers et al. 2019)."""
 
     def encode(self, row):
-        text, endings, label = text_of(row, "ctx"), row["endings"], int(row["label"])
-        if len(endings) < 2 or label not in range(len(endings)):
+        text, endings, label = text_of(row, "ctx"), row.get("endings"), text_of(row, "label")
+        if not isinstance(endings, list) or not all(isinstance(e, str) for e in endings):
+            raise ValueError("endings must be a list of texts")
+        if label not in map(str, range(len(endings))) or len(endings) < 2:
             raise ValueError(f"label {label}, but {len(endings)} endings")
         start = [self.end, *self.tokenizer.encode_ordinary(text)]
         rows, lengths = [], []
@@ -513,7 +501,7 @@ class Choice(Task):
             parts = [(start, False), (self.tokenizer.encode_ordinary(ending), True)]
             rows.append(to_row(parts, self.block_size))
             lengths.append(len(ending.encode()))
-        return {"rows": rows, "text": text, "label": label, "lengths": lengths}
+        return {"rows": rows, "text": text, "label": int(label), "lengths": lengths}
 
     def terms(self, examples):
         """Is the right ending the one with the highest log-probability, summed or per byte? (Much
@@ -531,13 +519,6 @@ class Choice(Task):
 # --- learning from preferences --------------------------------------------------------------------
 
 
-def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
-    """Rafailov et al. 2023, equation 7: log-probabilities of whole answers, (P,), under the model π
-    and the reference ρ -> losses, and margins β[(log π/ρ)(chosen) − (log π/ρ)(rejected)]."""
-    margins = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
-    return -F.logsigmoid(margins), margins
-
-
 class DPO(Task):
     """Makes the chosen answers more likely than the rejected, but stays close to the reference."""
 
@@ -545,6 +526,7 @@ class DPO(Task):
 
     def set_up(self):
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
+        self.inputs["init_from"] = digest(self.reference)
 
     def terms(self, examples):
         idx, targets, _ = self.collate(examples)  # chosen and rejected answers in turn
@@ -558,12 +540,11 @@ class DPO(Task):
 
 
 class Reward(Task):
-    """Scores answers; higher is better: Bradley-Terry, −log σ(r_chosen − r_rejected) (Ouyang
-    et al. 2022, equation 1). In best.pt, and so in the final report, the scores of the training
-    answers have mean 0 and standard deviation 1, which gives ppo and grpo a known scale."""
+    """Scores answers; higher is better. In best.pt, and so in the final report, the scores of the
+    training answers have mean 0 and standard deviation 1, which gives ppo and grpo a known scale."""
 
     columns = ("chosen", "rejected")
-    has_head = True
+    writes_text = False
 
     def set_up(self):
         # the initialization of Stiennon et al. 2020, appendix B.1
@@ -572,7 +553,7 @@ class Reward(Task):
     def terms(self, examples):
         chosen, rejected = self.scores_of(examples).view(-1, 2).T
         accuracy = (chosen > rejected) + 0.5 * (chosen == rejected)
-        loss = -F.logsigmoid(chosen - rejected)
+        loss = reward_loss(chosen, rejected)
         return {"loss": loss, "accuracy": accuracy, "chosen": chosen, "rejected": rejected}
 
     def best_checkpoint(self):
@@ -596,151 +577,139 @@ class Reward(Task):
 
 # --- reinforcement learning -----------------------------------------------------------------------
 
-# Simpler than InstructGPT (Ouyang et al. 2022): PPO's value function is a head on the policy, since
-# a separate model would double the cost; there is no pretraining loss (PPO-ptx), since the KL
-# penalty is enough at this size; its coefficient is fixed; and prompts come from a file.
 
-GAMMA, LAMBDA = 1.0, 0.95  # of the advantages
-CLIP, VALUE_WEIGHT = 0.2, 0.1  # of the loss
-PASSES, PARTS = 4, 4  # passes over a step's answers; updates in each pass
-UNFINISHED = -1.0  # added to the score of an answer that does not end
+class Policy(Task):
+    """Learns to write answers that a reward model scores highly, but stays close to the reference,
+    the initial model. A step samples answers to some prompts and scores them (rollout), turns the
+    scores into an advantage for each token (credit), and trains on shuffled parts of the rollout,
+    several times (updates, loss).
 
-
-def clipped_loss(log_probs, old_log_probs, advantages):
-    """Schulman et al. 2017, equation 7, negated; and the fraction that was clipped."""
-    ratio = (log_probs - old_log_probs).exp()
-    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-    losses = -torch.min(ratio * advantages, clipped * advantages)
-    return losses.mean(), (ratio != clipped).float().mean()
-
-
-class GRPO(Task):
-    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): learns to write
-    answers that a reward model scores high, but stays close to the reference, the initial model.
-    Several answers to a prompt are sampled and compared: A_i = (s_i − mean s) / std s. GRPO suits
-    cheap sampling; PPO, whose critic learns from every answer, suits expensive answers."""
+    Simpler than InstructGPT (Ouyang et al. 2022): PPO's value function is a head on the policy,
+    since a separate model would double the cost; there is no pretraining loss (PPO-ptx), since the
+    KL penalty is enough at this size; and prompts come from a file.
+    """
 
     curves = ("score", "val_score")
+    passes, parts = 4, 4  # passes over a step's answers; updates in each pass
+    unfinished = -1.0  # added to the score of an answer that does not end
 
     def set_up(self):
-        path = self.config.reward_model  # with predict, it loads its head and reads no examples
-        reward = FinetuneConfig(task="reward", init_from=path, predict="-", batch_size=16)
-        self.score = Reward(reward, self.machine, load_checkpoint(path)).score
+        path = self.config.reward_model
+        config = FinetuneConfig(task="reward", init_from=path, eval_only=True, batch_size=16)
+        self.reward = Reward(config, self.machine, load_checkpoint(path), splits=())
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
+        self.inputs["init_from"] = digest(self.reference)
+        self.inputs["reward_model"] = digest(self.reward.model)
+        # prompt and answer must fit the context together, as the model reads them in training
+        self.max_new_tokens = min(self.max_new_tokens, self.block_size // 2)
 
     def encode(self, row):
-        # prompt and answer must fit the context together, as the model reads them in training
-        self.config.max_new_tokens = min(self.config.max_new_tokens, self.block_size // 2)
         example = conversation_of(row)
         return {**example, "rows": [(self.prompt(example["messages"]), [])]}
 
-    def respond(self, examples):
-        """Samples an answer to each from the policy π, without top_k or top_p. Returns idx and
-        targets, (B, T); scores, whether the answers ended, and kl, (B,); log π and log ρ of the
-        targets, (B, T), where ρ is the reference; and the states of π, (B, T, C)."""
-        prompts = [e["rows"][0][0] for e in examples]
-        answers = self.answers(prompts)
+    def rollout(self, examples):
+        """Samples an answer to each prompt from the policy π, without top_k or top_p. Returns
+
+        idx, targets           (B, T): prompts with answers; targets are -100 but for the answers
+        log_probs, reference   (B, T): log π and log ρ of the targets, 0 elsewhere
+        values                 (B, T): PPO's guess of the score to come
+        scores, kl, ended      (B,): kl estimates KL(π, ρ); its mean over samples is the KL
+        """
+        prompts = [example["rows"][0][0] for example in examples]
+        answers = sample_answers(self, prompts)
+        texts = [text_of_answer(self, answer) for answer in answers]
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
-        texts = [(e["messages"], self.text(answer)) for e, answer in zip(examples, answers)]
-        scores = self.score(texts) + UNFINISHED * ~ended
+        scores = self.reward.score(zip((e["messages"] for e in examples), texts))
+        scores = scores + self.unfinished * ~ended
         parts = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
-        with torch.no_grad(), self.machine.autocast():  # answers() turned dropout off
-            log_probs, x = token_log_probs(self.gpt, idx, targets)
+        scores, ended = self.machine.put(scores, ended)
+        rollout = {"idx": idx, "targets": targets, "scores": scores, "ended": ended}
+        with torch.no_grad(), self.machine.autocast():  # sample_answers() turned dropout off
+            log_probs, states = token_log_probs(self.gpt, idx, targets)
             reference, _ = token_log_probs(self.reference, idx, targets)
-        (scores,) = self.machine.put(scores)
-        kl = (log_probs - reference).sum(1)  # an estimate; its mean over samples is the KL
-        sampled = {"idx": idx, "targets": targets, "scores": scores, "ended": ended, "kl": kl}
-        return sampled | {"log_probs": log_probs, "reference": reference, "x": x}
+            if "head" in self.model:
+                rollout["values"] = self.apply_head(states)[..., 0]
+        kl = (log_probs - reference).sum(1)
+        return {**rollout, "log_probs": log_probs, "reference": reference, "kl": kl}
 
-    def updates(self, state):
-        examples = [e for e in self.batch(state["step"]) for _ in range(self.config.group_size)]
-        sampled = self.respond(examples)  # reproducible, as train() seeds every step
-        mask = sampled["targets"] != -100
-        tensors = (sampled["idx"], sampled["targets"], sampled["log_probs"])
-        tensors += self.credit(mask, **sampled)
-        self.model.train()
-        for _ in range(PASSES):
-            for part in torch.randperm(len(mask)).tensor_split(min(PARTS, len(mask))):
-                with self.machine.autocast():
-                    yield [self.loss(*(tensor[part] for tensor in tensors))]
-        self.record(score=sampled["scores"], kl=sampled["kl"])
-        self.record(length=mask.sum(1), ended=sampled["ended"])
-        state["examples"] += len(examples)
-        state["tokens"] += int(mask.sum())
+    def updates(self, step):
+        examples = [e for e in self.batch(step) for _ in range(self.config.group_size)]
+        rollout = self.rollout(examples)  # reproducible, as train() seeds every step
+        rollout |= self.credit(rollout)
+        self.record(score=rollout["scores"], kl=rollout["kl"], ended=rollout["ended"])
+        self.record(length=(rollout["targets"] != -100).sum(1))
+        updates = []
+        for _ in range(self.passes):
+            for part in torch.randperm(len(examples)).tensor_split(min(self.parts, len(examples))):
+                updates.append([{name: tensor[part] for name, tensor in rollout.items()}])
+        return updates
+
+    def count(self, batch):
+        return int((batch["targets"] != -100).sum())
+
+    tokens = count
 
     def measure(self, split):
         """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
         torch.manual_seed(0)  # the same samples in every evaluation; train() seeds again
-        sampled = self.respond(up_to_100(self.splits[split]))
-        score, kl = sampled["scores"].mean().item(), sampled["kl"].mean().item()
+        rollout = self.rollout(up_to_100(self.splits[split]))
+        score, kl = rollout["scores"].mean().item(), rollout["kl"].mean().item()
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
-    def policy_loss(self, idx, targets, old_log_probs, advantages):
-        """Returns the clipped loss and, for all N targets, log π (N,) and the states that predict
-        them (N, C)."""
-        mask = targets != -100
-        log_probs, x = token_log_probs(self.gpt, idx, targets)
-        loss, clipped = clipped_loss(log_probs[mask], old_log_probs[mask], advantages[mask])
-        self.record(clipped=clipped)
-        return loss, log_probs[mask], x[mask]
 
-    def credit(self, mask, scores, reference, **sampled):
-        """Returns the last arguments of loss(), (B, T): advantages, equal for all tokens of an
-        answer, and log ρ."""
-        groups = scores.view(-1, self.config.group_size)
-        advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-        return advantages.view(-1, 1) * mask, reference
+class GRPO(Policy):
+    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): several answers to a
+    prompt are sampled and compared. GRPO suits cheap sampling; PPO, whose critic learns from every
+    answer, suits expensive answers. Departs from the paper, which averages the loss over the
+    tokens of each answer, then over answers, and makes one update per rollout: here, every token
+    weighs the same, and there are passes × parts updates."""
 
-    def loss(self, idx, targets, old_log_probs, advantages, reference):
-        """The clipped loss plus β times the KL from the reference, in an estimate that is never
-        negative (equation 4)."""
-        loss, log_probs, _ = self.policy_loss(idx, targets, old_log_probs, advantages)
-        log_ratio = reference[targets != -100] - log_probs  # log ρ/π
-        kl_loss = (log_ratio.exp() - log_ratio - 1).mean()
-        self.record(kl_loss=kl_loss)
-        return loss + self.config.beta * kl_loss
+    def credit(self, rollout):
+        """All tokens of an answer get its advantage."""
+        advantages = group_advantages(rollout["scores"], self.config.group_size)
+        return {"advantages": advantages[:, None] * (rollout["targets"] != -100)}
+
+    def loss(self, batch):
+        """The clipped loss plus β times the KL from the reference."""
+        mask = batch["targets"] != -100
+        log_probs, _ = token_log_probs(self.gpt, batch["idx"], batch["targets"])
+        losses, clipped = clipped_loss(log_probs, batch["log_probs"], batch["advantages"])
+        kl_losses = kl_estimate(log_probs, batch["reference"])
+        self.record(clipped=clipped[mask], kl_loss=kl_losses[mask])
+        return (losses + self.config.beta * kl_losses)[mask].sum()
 
 
-def advantages_of(rewards, values, mask):
-    """Generalized advantage estimation: Schulman et al. 2016, equation 16. All (B, T), where mask
-    marks the answer: A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t, and V = 0 past the
-    end."""
-    next_values = F.pad(values * mask, (0, 1))[:, 1:]  # V_{t+1}
-    deltas = (rewards + GAMMA * next_values - values) * mask
-    advantages = [torch.zeros_like(deltas[:, 0])]
-    for delta in deltas.unbind(1)[::-1]:
-        advantages.append(delta + GAMMA * LAMBDA * advantages[-1])
-    return torch.stack(advantages[:0:-1], dim=1) * mask
-
-
-class PPO(GRPO):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): like GRPO, but a
-    critic predicts the expected score at each token, so credit is assigned per token."""
+class PPO(Policy):
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): a critic predicts
+    the score to come at each token, so that each token gets its own advantage. Departs from the
+    paper's equation 9 in that there is no entropy term."""
 
     def set_up(self):
         super().set_up()
-        self.add_head(1, std=0)
+        self.add_head(1, std=0)  # the critic
 
-    def credit(self, mask, scores, log_probs, reference, x, **sampled):
-        """Returns the last arguments of loss(), (B, T): advantages, with mean 0 and variance 1, and
-        returns. Each token costs β (log π − log ρ); the last one earns the score."""
-        with torch.no_grad():
-            values = self.apply_head(x)[..., 0] * mask
-        rewards = self.config.beta * (reference - log_probs)
+    def credit(self, rollout):
+        """Each token costs β (log π − log ρ); the last one earns the score. The advantages get
+        mean 0 and variance 1; the returns are what the critic should have predicted."""
+        mask = rollout["targets"] != -100
+        rewards = self.config.beta * (rollout["reference"] - rollout["log_probs"])
         last = mask.cumsum(1).argmax(1)  # where each answer ends
-        rewards[torch.arange(len(rewards)), last] += scores
-        advantages = advantages_of(rewards, values, mask)
+        rewards[torch.arange(len(rewards)), last] += rollout["scores"]
+        values = rollout["values"] * mask
+        advantages = gae(rewards, values, mask)
         mean, std = advantages[mask].mean(), advantages[mask].std(correction=0)
-        return (advantages - mean) / (std + 1e-8) * mask, advantages + values
+        whitened = (advantages - mean) / (std + 1e-8) * mask
+        return {"advantages": whitened, "returns": advantages + values}
 
-    def loss(self, idx, targets, old_log_probs, advantages, returns):
-        """The clipped loss plus half the squared error of the critic (Schulman et al. 2017,
-        equation 9)."""
-        loss, _, x = self.policy_loss(idx, targets, old_log_probs, advantages)
-        value_loss = (self.apply_head(x)[:, 0] - returns[targets != -100]).square().mean() / 2
-        self.record(value_loss=value_loss)
-        return loss + VALUE_WEIGHT * value_loss
+    def loss(self, batch, value_weight=0.05):
+        """The clipped loss plus value_weight times the squared error of the critic."""
+        mask = batch["targets"] != -100
+        log_probs, states = token_log_probs(self.gpt, batch["idx"], batch["targets"])
+        losses, clipped = clipped_loss(log_probs, batch["log_probs"], batch["advantages"])
+        errors = (self.apply_head(states)[..., 0] - batch["returns"]).square()
+        self.record(clipped=clipped[mask], value_loss=errors[mask])
+        return (losses + value_weight * errors)[mask].sum()
 
 
 # --- files, examples, batches ---------------------------------------------------------------------
@@ -750,7 +719,7 @@ def manual_texts():
     """Yields (where, row): docstrings of Python's library, labeled with the package that they are
     from, for the eight packages with the most docstrings, up to 300 of each."""
     found = collections.defaultdict(list)  # package -> [(module, docstring)]
-    for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[1])):
+    for module, title, text in sorted(library_docstrings(), key=lambda doc: hash_fraction(doc[1])):
         if "." in module and clean(text):
             found[module.split(".")[0]].append((module, text))
     for label in sorted(found, key=lambda label: len(found[label]), reverse=True)[:8]:
@@ -762,7 +731,7 @@ def manual_answers():
     """Yields (where, row): "Explain NAME(ARGUMENTS).", with the first sentence of its docstring as
     the answer. The rejected answer explains something else, mostly of a module nearby."""
     explained = []
-    for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[0])):
+    for module, title, text in sorted(library_docstrings(), key=lambda doc: hash_fraction(doc[0])):
         paragraph = " ".join(clean(text).split("\n\n")[0].split())
         sentence = re.match(r".*?[.!?](?= |$)|.*", paragraph)[0]
         if "._" not in title.split("(")[0] and 20 <= len(sentence) <= 200 and len(title) <= 100:
@@ -772,12 +741,43 @@ def manual_answers():
         yield module, {"group": module, "instruction": f"Explain {title}.", **answers}
 
 
+def read_examples(task):
+    """{"train", "val", "test": examples} of a task's files. Files for val and test are kept whole;
+    without them, split_of holds out a tenth of data for each. No group or text is in two splits."""
+    config, splits = task.config, {"train": [], "val": [], "test": []}
+    for example in encoded(task, config.data):
+        splits[split_of(example["group"], config)].append(example)
+    held_out = set()  # the groups and texts of the splits before
+    for split, path in {"test": config.test, "val": config.val, "train": ""}.items():
+        new = [e for e in splits[split] if held_out.isdisjoint((e["group"], e["text"]))]
+        splits[split] = list(encoded(task, path)) if path and not config.eval_only else new
+        held_out |= {e[key] for e in splits[split] for key in ("group", "text")}
+    counts = {split: len(examples) for split, examples in splits.items()}
+    print(f"examples: {counts}; {task.too_long} rows were truncated to fit the context")
+    needed = ("test",) if config.eval_only else ("train", "val")
+    if not all(counts[split] for split in needed):
+        raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
+    return splits
+
+
+def encoded(task, path):
+    """Yields the examples of a file, each with its group."""
+    for where, row in task.read(path):
+        try:
+            if type(row) is not dict:
+                raise ValueError(f"a {type(row).__name__}, not an object with columns")
+            example, group = task.encode(row), row.get("group")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield {**example, "group": str(example["text"] if group in (None, "") else group)}
+
+
 def split_of(group, config):
     """The split of a row of data: a hash of its group decides, so that duplicates share a split. By
     the same rule, prepare_data.py holds out the modules of the default examples."""
     if config.eval_only and config.data:
         return "test"
-    place = position(group)
+    place = hash_fraction(group)
     if place < 0.1 and not config.val:
         return "val"
     return "test" if 0.1 <= place < 0.2 and not config.test else "train"
@@ -832,28 +832,42 @@ def conversation_of(row, *answers):
     {"prompt": [a user's message], "output": "3"}             or "chosen" and "rejected"
     {"chosen": [a user's message, the assistant's answer], "rejected": ...}
     """
-    messages, said = row.get("prompt"), row.get("messages") or row.get("chosen")
-    if not isinstance(messages, list) and isinstance(said, list):
-        ends = [i for i, message in enumerate(said) if message["role"] == "assistant"]
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    said = lists.get("messages") or lists.get("chosen")
+    if "prompt" in lists:
+        messages = lists["prompt"]
+    elif said:
         # what ends with a question is all prompt, if the answers have columns of their own
-        holds_answer = said[-1]["role"] == "assistant" or not row.keys() >= {*answers}
-        messages = said[: ends[-1]] if ends and holds_answer else said
-    if not isinstance(messages, list):
+        is_prompt = role_of(said[-1]) != "assistant" and row.keys() >= {*answers}
+        messages = said if is_prompt else said[: last_answer(said)]
+    else:
         text = text_of(row, "instruction", "prompt")
         text += f"\n\n### Input:\n{text_of(row, 'input')}" if row.get("input") else ""
         messages = [{"role": "user", "content": text}]
-    for message in messages:
-        if message["role"] not in ALPACA or not isinstance(message["content"], str):
-            raise ValueError(f"a message needs a role ({', '.join(ALPACA)}) and text in content")
-    example = {"messages": messages, "text": "\n".join(clean(m["content"]) for m in messages)}
-    if not example["text"].strip():
+    text = "\n".join(clean(m["content"]) for m in messages if role_of(m))
+    if not text.strip():
         raise ValueError("there is no prompt")
+    example = {"messages": messages, "text": text}
     for name in answers:
         value = row.get(name, row.get("messages"))
-        if isinstance(value, list):  # of which the answer is the assistant's last message
-            value = next((m["content"] for m in value[::-1] if m["role"] == "assistant"), None)
+        if isinstance(value, list):
+            value = next((m["content"] for m in value[last_answer(value) :]), None)
         example[name] = text_of({name: value} if value else row, name)
     return example
+
+
+def role_of(message):
+    """The role of a message. Raises ValueError if it is none."""
+    is_message = isinstance(message, dict) and isinstance(message.get("content"), str)
+    if not is_message or message.get("role") not in ALPACA:
+        raise ValueError(f"a message needs a role ({', '.join(ALPACA)}) and text in content")
+    return message["role"]
+
+
+def last_answer(messages):
+    """The index of the assistant's last message; without one, that past the end."""
+    said = (i for i, message in enumerate(messages) if role_of(message) == "assistant")
+    return max(said, default=len(messages))
 
 
 def to_row(parts, block_size):
@@ -879,32 +893,39 @@ def batch_at(n, lengths, batch_size, seed):
     return order[first : first + batch_size]
 
 
+def digest(model):
+    """The SHA-256 of a model's weights."""
+    weights = (weight.cpu().numpy() for weight in model.state_dict().values())
+    return hashlib.sha256(b"".join(weight.tobytes() for weight in weights)).hexdigest()
+
+
 # --- main -----------------------------------------------------------------------------------------
 
 TASKS = {"classify": Classify, "instruct": Instruct, "choice": Choice}
 TASKS |= {"dpo": DPO, "reward": Reward, "ppo": PPO, "grpo": GRPO}
 
 
-def settings(flags):
-    """The config of a run with these flags."""
-    name = flags.get("task", FinetuneConfig.task)
+def read_flags(argv):
+    """The config of a run with these flags: those that are not given are the task's defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=FinetuneConfig.task)
+    name = first.parse_known_args(argv)[0].task
     if name not in TASKS:
         raise ValueError(f"--task={name}: choose from {', '.join(TASKS)}")
-    if flags.get("predict") == "":
-        raise ValueError("--predict is empty: give it some text")
-    defaults = TASK_DEFAULTS[name] | {"learning_rate": 0.0}  # see Task.prepare
-    return FinetuneConfig(**{"out_dir": f"out/{name}", **defaults, **flags})
+    defaults = FinetuneConfig(**{"task": name, "out_dir": f"out/{name}", **TASK_DEFAULTS[name]})
+    flags = vars(prepare_data.flag_parser(defaults, __doc__).parse_args(argv))
+    return replace(defaults, **flags), flags
 
 
 def check(config):
     """Raises ValueError for incompatible settings."""
-    check_counts(config, "max_new_tokens", "group_size", "lora_rank")
+    train.check_counts(config, "max_new_tokens", "group_size", "lora_rank")
     task = TASKS[config.task]
-    weights = ["all", "last_block", "lora"] + (["head"] if task.has_head else [])
+    weights = ["all", "last_block", "lora"] + ([] if task.writes_text else ["head"])
     for flag, choices in {"train": weights, "template": ["", "roles", "alpaca"]}.items():
         if (value := getattr(config, flag)) not in choices:
             raise ValueError(f"--{flag}={value}: choose from {', '.join(choices)}")
-    if config.predict and not task.has_head:
+    if config.predict and task.writes_text:
         raise ValueError("--predict is for --task=classify and --task=reward")
     if task is Choice and not config.data:
         raise ValueError("--task=choice needs a file of questions: --data=FILE")
@@ -912,44 +933,106 @@ def check(config):
         raise ValueError(f"--group_size={config.group_size}: must be 2 or more, to compare answers")
     if config.predict or config.eval_only:  # writes nothing
         return
-    reads = [config.init_from] + ([config.reward_model] if issubclass(task, GRPO) else [])
+    reads = [config.init_from] + ([config.reward_model] if issubclass(task, Policy) else [])
     for name in reads:
         model, out_dir = (pathlib.Path(path).resolve() for path in (name, config.out_dir))
         if out_dir in (model, model.parent):
             raise ValueError(f"--out_dir={config.out_dir} would overwrite {name}, which is read")
 
 
+def choose_weights(task):
+    """Decides which weights are trained."""
+    config, gpt = task.config, task.gpt
+    gpt.requires_grad_(config.train == "all")
+    if config.train == "last_block":
+        gpt.transformer.h[-1].requires_grad_(True)
+        gpt.transformer.ln_f.requires_grad_(True)
+    if config.train == "lora":
+        add_lora(gpt, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    if task.block_size > task.base["config"]["block_size"]:
+        gpt.transformer.wpe.requires_grad_(True)
+
+
+def choose_settings(task):
+    """The config with values for how fast, how often and how long to train."""
+    config, parameters = task.config, list(task.model.parameters())
+    rate = RATES[config.task] * (3 if config.train == "lora" else 1)
+    rate *= (128 / task.gpt.config.n_embd) ** 1.5
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    per_epoch = math.ceil(len(task.lengths) / per_step)
+    chosen = {"learning_rate": config.learning_rate or rate}
+    chosen["eval_interval"] = config.eval_interval or per_epoch
+    chosen["max_iters"] = config.max_iters or math.ceil(config.epochs * per_epoch)
+    config = train.resolve(config, task.machine, task.model, **chosen)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
+    print(f"{config.learning_rate:.1e}, on {task.machine.device} in {config.dtype}")
+    return config
+
+
+def up_to_100(examples):
+    """At most 100 examples, evenly spaced."""
+    return examples[:: math.ceil(len(examples) / 100)]
+
+
+def answer_held_out(task):
+    """The model's likeliest answers to up to 100 held-out prompts: (examples, texts)."""
+    examples = up_to_100(task.splits["test"] or task.splits["val"]) if task.writes_text else []
+    answers = sample_answers(task, [task.prompt(e["messages"]) for e in examples], temperature=0)
+    return examples, [text_of_answer(task, answer) for answer in answers]
+
+
+def write_answers(folder, examples, before, after):
+    """Prints a few answers from before and after training and writes all to responses.jsonl."""
+    lines = []
+    for example, *answers in zip(examples, before, after):
+        said = {k: example[k] for k in example if k not in ("rows", "group", "text")}
+        lines.append({**said, **dict(zip(("before", "after"), answers))})
+    for line in lines[:5]:
+        print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
+    if lines:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_file(folder / "responses.jsonl", text.encode())
+
+
 def main(argv=None):
-    flags = vars(prepare_data.flag_parser(FinetuneConfig, __doc__).parse_args(argv))
-    config, saved = settings(flags), None
+    config, flags = read_flags(argv)
+    if flags.get("predict") == "":
+        raise ValueError("--predict is empty: give it some text")
+    saved = None
     if config.init_from == "resume":
-        config, saved = load_run(FinetuneConfig, {**flags, "out_dir": config.out_dir})
+        config, saved = train.load_run(FinetuneConfig, {**flags, "out_dir": config.out_dir})
     check(config)
-    machine = Machine(config)
+    train.keep_freed_memory()
+    machine = train.Machine(config)
     if machine.world_size > 1:
         raise ValueError("finetune.py runs as a single process: start it without torchrun")
-    checkpoint = load_checkpoint(config.init_from)
+    base = load_checkpoint(config.init_from)
     torch.manual_seed(config.seed)
-    task = TASKS[config.task](config, machine, checkpoint)
+    splits = () if config.predict else ("train", "val", "test")
+    task = TASKS[config.task](config, machine, base, splits)
     if config.predict:
         return task.predict(config.predict)
     if config.eval_only:
         return task.report()
     folder = pathlib.Path(config.out_dir)
     with prepare_data.lock(folder):
-        task.prepare()
-        task.write_answers("before")
+        choose_weights(task)
+        config = choose_settings(task)
+        examples, before = answer_held_out(task)
         if saved:
-            if saved.get("examples") != task.digest:
-                raise ValueError(f"{folder}: the examples differ from those the run started with")
+            for name, found in task.inputs.items():
+                if saved.get("inputs", {}).get(name) != found:
+                    raise ValueError(f"{folder}: {name} differs from what the run started with")
             with damaged(folder / "last.pt"):
                 task.model.load_state_dict(saved["model"])
         else:
-            print("before:", format_metrics(task.evaluate()), sep="  ")
-        train(config, machine, task, saved)
+            print("before:", train.format_metrics(task.evaluate()), sep="  ")
+        train.train(config, machine, task, saved)
         task.load_best(load_checkpoint(folder / "best.pt"))
         task.report(folder)
-        task.write_answers("after", folder)
+        write_answers(folder, examples, before, answer_held_out(task)[1])
 
 
 if __name__ == "__main__":

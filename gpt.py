@@ -208,7 +208,7 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        losses = next_token_losses(self.lm_head, x.flatten(0, 1), targets.flatten())
+        losses = cross_entropy(self.lm_head(x.flatten(0, 1)), targets.flatten())
         return losses.sum() / (targets != -100).sum()
 
     def generate(
@@ -320,12 +320,10 @@ def sinusoids(length, n_embd):
     return math.sqrt(2) * pairs.flatten(1)[:, :n_embd]
 
 
-def next_token_losses(lm_head, x, targets):
-    """Cross-entropy of each target, in nats: x (N, C), targets (N,) -> (N,), 0 where it is -100.
-    Takes lm_head instead of logits because CrossEntropy overwrites the logits."""
-    if x.device.type == "cpu" and torch.is_grad_enabled():
-        return CrossEntropy.apply(lm_head(x), targets)
-    return F.cross_entropy(lm_head(x).float(), targets, reduction="none")
+def cross_entropy(logits, targets):
+    if logits.device.type == "cpu" and torch.is_grad_enabled():
+        return CrossEntropy.apply(logits, targets)
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 # --- the choice of the next token -----------------------------------------------------------------

@@ -243,7 +243,7 @@ def library_docstrings():
 # --- train and val --------------------------------------------------------------------------------
 
 
-def position(key):
+def hash_fraction(key):
     """A pseudo-random number from 0 to 1 that depends on key alone: equal texts share a split."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
@@ -257,7 +257,7 @@ def split_documents(files, config, skip, dropped):
     seen = set()  # the hashes of all documents so far, 83 bytes each
     for source, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
         text = clean(text)
-        place = position(text)
+        place = hash_fraction(text)
         if place in seen or len(text) < config.min_chars:
             dropped["duplicate" if place in seen else "short"] += 1
             continue
@@ -269,7 +269,7 @@ def split_documents(files, config, skip, dropped):
             yield "train", text[:border]
             yield "val", text[border:]
         else:
-            is_val = place < HELD_OUT if files else position(source) < 2 * HELD_OUT
+            is_val = place < HELD_OUT if files else hash_fraction(source) < 2 * HELD_OUT
             yield "val" if is_val else "train", text
 
 
@@ -610,7 +610,7 @@ def train_tokenizer(documents, size, config):
     texts = (text for split, text in documents if split == "train")
     parts = (part for text in texts for part in cut(text))
     # the hash of a whole document has chosen its split already, so this one must differ
-    sample = (part for part in parts if position(f"sample {part}") <= fraction)
+    sample = (part for part in parts if hash_fraction(f"sample {part}") <= fraction)
     ranks = train_bpe(sample, config.vocab_size)
     if len(ranks) < config.vocab_size:
         print(f"vocab_size is {len(ranks)}: no other pair in this text occurs twice")
@@ -668,7 +668,7 @@ def prepare(inputs, config):
 
 
 def main(argv=None):
-    parser = flag_parser(PrepareConfig, __doc__)
+    parser = flag_parser(PrepareConfig(), __doc__)
     parser.add_argument("inputs", nargs="*", help="files, folders, URLs (default: Python's manual)")
     flags = vars(parser.parse_intermixed_args(argv))
     inputs, config = flags.pop("inputs"), PrepareConfig(**flags)
@@ -679,7 +679,8 @@ def main(argv=None):
 # --- shared by all scripts: flags, errors, files --------------------------------------------------
 
 
-def flag_parser(config_class, docs):
+def flag_parser(defaults, docs):
+    config_class = type(defaults)
     """A parser with a flag for every field of a dataclass, whose comment is the help text."""
     # without a usage line, errors fit on one line
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=docs, allow_abbrev=False)
@@ -687,8 +688,9 @@ def flag_parser(config_class, docs):
     source = "".join(inspect.getsource(c) for c in reversed(config_class.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
     for field in fields(config_class):
-        kind, text = type(field.default), comments[field.name]
-        text += f" (default: {field.default!r})" if field.default else ""
+        value, text = getattr(defaults, field.name), comments[field.name]
+        kind = type(value)
+        text += f" (default: {value!r})" if value else ""
         how = {"nargs": "?", "const": True} if kind is bool else {}
         how |= {"type": functools.partial(parse_value, kind), "metavar": kind.__name__.upper()}
         parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)

@@ -560,7 +560,7 @@ def test_the_bpe_is_trained_on_a_sample_spread_over_the_training_text(monkeypatc
     assert set(counted) <= set(documents_in(meta)["train"])
     assert set(counted) & set(texts[:100]) and set(counted) & set(texts[200:])
     documents = [
-        ("train", text) for text in map(str, range(9000)) if prepare_data.position(text) >= 0.1
+        ("train", text) for text in map(str, range(9000)) if prepare_data.hash_fraction(text) >= 0.1
     ]
     counted.clear()
     prepare_data.train_tokenizer(documents, 2e8, prepare_data.PrepareConfig())
@@ -656,10 +656,10 @@ def test_batches_depend_on_seed_and_number_alone_and_dropout_on_seed_and_step(mo
     watch(monkeypatch, lambda n, idx, loss: read.extend(idx.tolist()))
     watch(monkeypatch, lambda n, idx, loss: seeds.append(torch.initial_seed()))
     run_training("parts", "--max_iters=4 --gradient_accumulation_steps=3")
-    resume("parts", "--max_iters=6 --batch_size=2 --gradient_accumulation_steps=1")
-    run_training("whole", f"--max_iters=1 --batch_size={4 * 3 * 4 + 2 * 2}")
+    resume("parts", "--max_iters=6 --batch_size=12 --gradient_accumulation_steps=1")
+    run_training("whole", f"--max_iters=1 --batch_size={12 * 6}")
     run_training("other", "--max_iters=1 --seed=2")
-    parts, whole, other = read[:52], read[52:-4], read[-4:]
+    parts, whole, other = read[: 12 * 6], read[12 * 6 : -4], read[-4:]
     assert parts == whole and parts[:4] != other
     *parts, whole, other = seeds
     assert len(set(parts)) == 4 + 2 and whole == parts[0] and other not in parts
@@ -1177,11 +1177,9 @@ def run_finetune(name, flags="", rows=None):
 
 def make_task(name, flags="", rows=None):
     """A task as finetune.py makes it, ready to train."""
-    parser = prepare_data.flag_parser(finetune.FinetuneConfig, "")
-    flags = parser.parse_args(finetune_flags(name, f"--out_dir=new {flags}", rows))
-    config = finetune.settings(vars(flags))
+    config, _ = finetune.read_flags(finetune_flags(name, f"--out_dir=new {flags}", rows))
     task = finetune.TASKS[name](config, train.Machine(config), load_checkpoint(config.init_from))
-    task.prepare()
+    finetune.choose_weights(task)
     return task
 
 
@@ -1214,9 +1212,9 @@ def test_lora_begins_at_nothing_adds_its_scaled_product_and_can_be_merged():
 
 @pytest.mark.parametrize("weights", ["all", "last_block", "head", "lora"])
 def test_fine_tuning_changes_only_what_the_train_flag_names(weights, monkeypatch):
-    calls, losses = [], finetune.next_token_losses
+    calls, losses = [], finetune.cross_entropy
     record = lambda *args: calls.append(1) or losses(*args)
-    monkeypatch.setattr(finetune, "next_token_losses", record)
+    monkeypatch.setattr(finetune, "cross_entropy", record)
     last, best = run_finetune("classify", f"--train={weights}")
     before = load_checkpoint("base")["model"]
     changed = {name for name in before if not torch.equal(before[name], best["model"][name])}
@@ -1386,7 +1384,7 @@ def test_pairs_are_batched_by_their_longer_answer():
 
 def test_learning_rates_fall_with_the_width_and_are_higher_for_lora():
     save_sampler(n_embd=64)
-    rate = lambda flags="": make_task("instruct", flags).config.learning_rate
+    rate = lambda flags="": finetune.choose_settings(make_task("instruct", flags)).learning_rate
     assert rate() / rate("--init_from=.") == pytest.approx((64 / 16) ** 1.5)
     assert rate("--train=lora") == 3 * rate() and rate("--learning_rate=0.5") == 0.5
 
@@ -1404,7 +1402,9 @@ def test_instruction_tuning_is_measured_and_answers_before_and_after(capsys):
     assert column("instruct", "val_perplexity") == pytest.approx(perplexities)
     answers = read_rows("instruct/responses.jsonl")
     assert all(line["after"] == line["output"] == "red" != line["before"] for line in answers)
-    test = {r["instruction"] for r in rows if 0.1 <= prepare_data.position(r["instruction"]) < 0.2}
+    test = {
+        r["instruction"] for r in rows if 0.1 <= prepare_data.hash_fraction(r["instruction"]) < 0.2
+    }
     assert {line["messages"][0]["content"] for line in answers} == test
     assert re.search(r"\ntest +loss", capsys.readouterr().out)
 
@@ -1529,7 +1529,7 @@ def test_a_reward_model_prefers_and_its_scores_are_standardized_and_what_ppo_rea
     assert (scores.mean().item(), scores.std().item()) == pytest.approx((0, 1), abs=1e-4)
     conversations = [([], "a"), ([], "the red dog")]
     together = task.score(conversations)  # padding changes nothing
-    assert_close(make_task("ppo", "--reward_model=reward").score(conversations), together)
+    assert_close(make_task("ppo", "--reward_model=reward").reward.score(conversations), together)
     for (_, text), score in zip(conversations, together.tolist()):
         capsys.readouterr()
         use = finetune_flags("reward", "--init_from=reward", None)
@@ -1542,63 +1542,93 @@ def test_advantages_are_their_definition():
     spans, answered = [(2, 9), (0, 4), (5, 6)], torch.zeros(3, 9, dtype=torch.bool)
     for row, (start, end) in enumerate(spans):
         answered[row, start:end] = True
-    found = finetune.advantages_of(rewards * answered, values, answered)
+    found = finetune.gae(rewards * answered, values, answered, gamma=0.9, lam=0.8)
     assert not found[~answered].any()
     for row, (start, end) in enumerate(spans):
         following = F.pad(values[row, start + 1 : end], (0, 1))
-        deltas = rewards[row, start:end] + finetune.GAMMA * following - values[row, start:end]
+        deltas = rewards[row, start:end] + 0.9 * following - values[row, start:end]
         for t in range(end - start):
-            decay = (finetune.GAMMA * finetune.LAMBDA) ** torch.arange(end - start - t)
+            decay = (0.9 * 0.8) ** torch.arange(end - start - t)
             assert_close(found[row, start + t], (decay * deltas[t:]).sum())
 
 
 def test_the_clipped_loss_gains_nothing_beyond_its_bounds():
-    new = torch.tensor([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()
-    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])
-    loss, clipped = finetune.clipped_loss(new, torch.zeros(4), advantages)
-    assert loss.item() == pytest.approx(-(1.2 - 0.8 - 1.5 + 0.5) / 4) and clipped == 1
-    loss.backward()
-    assert (new.grad == 0).tolist() == [True, True, False, False]
+    new = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1]).log().requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
+    losses, clipped = finetune.clipped_loss(new, torch.zeros(5), advantages)
+    assert_close(losses, -torch.tensor([1.2, -0.8, -1.5, 0.5, 1.1]))
+    assert clipped.tolist() == [True] * 4 + [False]
+    losses.sum().backward()
+    assert (new.grad == 0).tolist() == [True, True, False, False, False]
+
+
+def test_the_kl_estimate_is_never_negative_and_its_mean_is_the_kl():
+    p, q = torch.rand(2, 5).softmax(-1).double()
+    estimates = finetune.kl_estimate(p.log(), q.log())
+    assert (estimates >= 0).all() and not finetune.kl_estimate(p.log(), p.log()).any()
+    assert_close((p * estimates).sum(), F.kl_div(q.log(), p, reduction="sum"))
+
+
+def test_the_reward_loss_is_the_negative_log_probability_that_the_better_answer_wins():
+    chosen, rejected = torch.randn(2, 50).double()
+    wins = chosen.exp() / (chosen.exp() + rejected.exp())
+    assert_close(finetune.reward_loss(chosen, rejected), -wins.log())
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_first_update_of_a_policy_is_on_policy(name, toy_reward, monkeypatch):
-    task, seen = make_task(name), []
-    loss, respond = task.loss, task.respond
-    monkeypatch.setattr(task, "respond", lambda some: seen.append(respond(some)) or seen[0])
-    monkeypatch.setattr(task, "loss", lambda *args: seen.append(args) or loss(*args))
-    (first,) = next(task.updates({"step": 0, "examples": 0, "tokens": 0}))
-    sampled, (idx, targets, old_log_probs, _, _) = seen
+    task, rollouts = make_task(name), []
+    rollout = task.rollout
+    monkeypatch.setattr(task, "rollout", lambda some: rollouts.append(rollout(some)) or rollouts[0])
+    updates = task.updates(0)
+    assert len(updates) == 16 and all(len(batches) == 1 for batches in updates)
+    (batch,), (sampled,) = updates[0], rollouts
     assert torch.equal(sampled["log_probs"], sampled["reference"])
-    assert task.measured["clipped"] == [0] and torch.isfinite(first)
+    assert torch.isfinite(task.loss(batch)) and task.measured["clipped"] == [0]
+    idx, targets = batch["idx"], batch["targets"]
     answered = targets != -100
     by_hand = task.gpt(idx).log_softmax(-1)[answered].gather(1, targets[answered][:, None])
-    assert_close(old_log_probs[answered], by_hand[:, 0], atol=1e-5, rtol=0)
+    assert_close(batch["log_probs"][answered], by_hand[:, 0], atol=1e-5, rtol=0)
     both = answered[:, :-1] & answered[:, 1:]  # a target is the token that is read next
     assert torch.equal(targets[:, :-1][both], idx[:, 1:][both])
+    # each pass goes through all answers once
+    n_targets = int((sampled["targets"] != -100).sum())
+    counts = [task.count(batch) for (batch,) in updates]
+    assert [sum(counts[i : i + 4]) for i in (0, 4, 8, 12)] == [n_targets] * 4
 
 
 def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(toy_reward):
     task = make_task("ppo", "--beta=0.5")
     mask = torch.tensor([[False, True, True, False], [True, True, True, True]])
     log_probs, reference = torch.rand(2, 2, 4) * mask
-    scores, x = torch.tensor([3.0, -2.0]), torch.randn(2, 4, 16)
-    with torch.no_grad():
-        task.model["head"].weight.normal_()
-        values = task.apply_head(x)[..., 0] * mask
-    rewards = 0.5 * (reference - log_probs)
+    scores, values = torch.tensor([3.0, -2.0]), torch.randn(2, 4)
+    rollout = {"log_probs": log_probs, "reference": reference, "scores": scores, "values": values}
+    rewards, values = 0.5 * (reference - log_probs), values * mask
     rewards[[0, 1], [2, 3]] += scores
-    advantages, returns = task.credit(mask, scores, log_probs, reference, x)
-    expected = finetune.advantages_of(rewards, values, mask)
-    assert_close(returns, expected + values)
+    credit = task.credit({"targets": torch.where(mask, 1, -100), **rollout})
+    expected = finetune.gae(rewards, values, mask)
+    assert_close(credit["returns"], expected + values)
     mean, std = expected[mask].mean(), expected[mask].std(correction=0)
-    assert_close(advantages, (expected - mean) / std * mask)  # whitened over the answers alone
-    # an answer that does not end scores one less
+    # whitened over the answers alone
+    assert_close(credit["advantages"], (expected - mean) / std * mask)
+
+
+def test_an_answer_that_does_not_end_scores_one_less(toy_reward, monkeypatch):
+    task = make_task("ppo")
     word = task.tokenizer.encode_ordinary("red")
-    task.answers = lambda *args, **how: [word, [*word, task.end]]
-    sampled = task.respond(task.splits["train"][:2])
+    answers = lambda *args, **how: [word, [*word, task.end]]
+    monkeypatch.setattr(finetune, "sample_answers", answers)
+    sampled = task.rollout(task.splits["train"][:2])
     assert sampled["ended"].tolist() == [False, True]
     assert sampled["scores"].diff().item() == pytest.approx(1)
+
+
+def test_a_critic_learns_from_half_the_gradient_of_its_squared_error_times_a_tenth(toy_reward):
+    task = make_task("ppo")
+    batch = task.updates(0)[0][0] | {"advantages": torch.zeros(1)}
+    loss = task.loss(batch)
+    errors = batch["values"] - batch["returns"]
+    assert_close(loss, 0.05 * (errors[batch["targets"] != -100]).square().sum())
 
 
 def test_a_hundred_examples_are_spread_over_all():
@@ -1607,21 +1637,23 @@ def test_a_hundred_examples_are_spread_over_all():
 
 
 def test_grpo_compares_the_answers_to_one_prompt(toy_reward):
-    task, mask = make_task("grpo", "--group_size=4"), torch.ones(8, 3, dtype=torch.bool)
-    mask[0, 0] = False
     scores = torch.tensor([1.0, 2, 3, 4, 7, 7, 7, 7])
-    advantages, _ = task.credit(mask, scores, None)
-    standardized = (scores[:4] - 2.5) / scores[:4].std()
-    assert_close(advantages[:4], standardized[:, None] * mask[:4], atol=1e-3, rtol=0)
+    advantages = finetune.group_advantages(scores, 4)
+    assert_close(advantages[:4], (scores[:4] - 2.5) / scores[:4].std(), atol=1e-3, rtol=0)
     assert not advantages[4:].any()  # equal scores teach nothing
-    # the KL's estimate is 0 at the reference and positive elsewhere, on either side
+    task, targets = make_task("grpo", "--group_size=4"), torch.ones(8, 3, dtype=torch.int64)
+    targets[0, 0] = -100
+    credit = task.credit({"scores": scores, "targets": targets})["advantages"]
+    assert_close(credit, advantages[:, None] * (targets != -100))
+    # the penalty is 0 at the reference and positive elsewhere, on either side
     idx, targets, _ = task.collate([{"rows": [([1, 2, 3], [2, 3, -100])]}])
     own = finetune.token_log_probs(task.gpt, idx, targets)[0].detach()
+    batch = {"idx": idx, "targets": targets, "log_probs": own, "advantages": torch.zeros(1, 3)}
     for drift in (-0.5, 0.0, 0.5):
-        loss = task.loss(idx, targets, own, torch.zeros(1, 3), own - drift)
+        loss = task.loss({**batch, "reference": own - drift})
         expected = math.exp(-drift) + drift - 1
         assert task.measured["kl_loss"][-1].item() == pytest.approx(expected, abs=1e-5)
-        assert loss.item() == pytest.approx(0.1 * expected, abs=1e-5)
+        assert loss.item() == pytest.approx(2 * 0.1 * expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name, batch_size", [("ppo", 16), ("grpo", 4)])
@@ -1642,7 +1674,7 @@ CONFIGS = [prepare_data.PrepareConfig, train.TrainConfig, finetune.FinetuneConfi
 
 @pytest.mark.parametrize("config_class", [*CONFIGS, sample.SampleConfig])
 def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
-    parser = prepare_data.flag_parser(config_class, "")
+    parser = prepare_data.flag_parser(config_class(), "")
     text = parser.format_help()
     for name, default in vars(config_class()).items():
         assert re.search(rf"--{name} [^-]*[a-z]{{3}}", text)

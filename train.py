@@ -9,19 +9,23 @@
 
 The loop is the function train(). A run writes last.pt (everything needed to continue), best.pt (the
 model with the lowest validation loss, for sample.py), metrics.csv and, with matplotlib, loss.png.
-With the same --seed and --threads, a run on one CPU gives bit-identical weights, even if
-interrupted and resumed.
+On the same kind of processor, the same --seed, --threads and --dtype give bit-identical weights,
+even if the run is interrupted and resumed.
 """
 
+import bisect
+import collections
 import contextlib
+import ctypes
 import io
+import itertools
 import math
 import os
 import pathlib
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -37,24 +41,24 @@ from prepare_data import damaged, flag_parser, lock, open_data, script, write_fi
 @dataclass
 class RunConfig:  # shared with finetune.py
     out_dir: str = "out"  # folder for checkpoints and metrics.csv
-    batch_size: int = 4  # examples per micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches per step, per process
+    batch_size: int = 4  # examples that go through the model at once
+    gradient_accumulation_steps: int = 1  # batches whose gradients are added before each update
     seed: int = 1337  # for weights, batches and dropout
-    max_iters: int = 8000  # steps
-    learning_rate: float = 2e-3  # peak, reached after warmup
-    min_lr: float = 1e-5  # final, reached at the end of the decay
-    warmup_iters: int = 20  # steps of linear warmup
+    max_iters: int = 8000  # training steps
+    learning_rate: float = 2e-3  # peak learning rate, reached after the warmup
+    min_lr: float = 1e-5  # learning rate at the end of the decay
+    warmup_iters: int = 20  # steps in which the learning rate climbs to its peak
     lr_decay_iters: int = 0  # step at which the decay ends (0: max_iters)
-    weight_decay: float = 0.1  # applied to matrices, not to biases and LayerNorm
-    beta1: float = 0.9  # decay rate of AdamW's first moment
-    beta2: float = 0.99  # decay rate of AdamW's second moment
+    weight_decay: float = 0.1  # pulls matrices toward 0
+    beta1: float = 0.9  # AdamW: how slowly its average of gradients changes
+    beta2: float = 0.99  # AdamW: how slowly its average of squared gradients changes
     grad_clip: float = 1.0  # maximum norm of the gradient (0: no clipping)
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     patience: int = 0  # stop after this many evaluations without improvement (0: never)
     log_interval: int = 100  # steps between progress lines
     device: str = ""  # cpu, cuda, mps (default: the best available)
     dtype: str = ""  # float32, bfloat16 or float16, for matrix products (default: the fastest)
-    threads: int = 0  # CPU threads (0: chosen at the start)
+    threads: int = 0  # CPU threads (0: one or all, whichever is faster)
 
 
 def check_counts(config, *names):
@@ -67,26 +71,29 @@ def check_counts(config, *names):
 @dataclass
 class TrainConfig(RunConfig):
     data: str = "data"  # folder written by prepare_data.py
-    init_from: str = "scratch"  # scratch, resume, or a checkpoint to take the weights from
+    init_from: str = "scratch"  # scratch (a new model), resume (continue --out_dir), or a model
     eval_only: bool = False  # only print the validation loss
     eval_iters: int = 200  # maximum batches per evaluation
-    compile: bool = True  # use torch.compile, on CUDA
+    compile: bool = True  # speed up with torch.compile (NVIDIA only)
     n_layer: int = 2  # transformer blocks
     n_head: int = 4  # attention heads in a block
-    n_embd: int = 128  # width of the residual stream
-    block_size: int = 128  # context length, tokens
-    dropout: float = 0.0  # on embeddings and residual branches
-    attn_dropout: float = 0.0  # on attention weights
+    n_embd: int = 128  # embedding size: numbers per token
+    block_size: int = 128  # context length: tokens the model sees at once
+    dropout: float = 0.0  # share of values zeroed at random in training, against overfitting
+    attn_dropout: float = 0.0  # the same for attention weights
     bias: bool = True  # biases in Linear and LayerNorm
-    tie_weights: bool = False  # the output head shares the token embedding
+    tie_weights: bool = False  # reuse the token embedding as output layer, as GPT-2 does
 
+
+# what a run writes into its folder
+RUN_FILES = ("metrics.csv", "loss.png", "predictions.csv", "responses.jsonl", "best.pt", "last.pt")
+SHAPE = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
 
 # --- the machine ----------------------------------------------------------------------------------
 
 
 class Machine:
-    """The device and precision of a run, and this process's rank. Fills in config.dtype, which is
-    saved with the config, so that a resumed run keeps it."""
+    """The device and precision of a run, and this process's rank."""
 
     def __init__(self, config):
         self.rank = int(os.environ.get("RANK", "0"))  # torchrun sets these variables
@@ -101,10 +108,9 @@ class Machine:
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if self.rank > 0:  # only rank 0 prints
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        config.dtype = config.dtype or str(pick_dtype(self.device)).removeprefix("torch.")
-        if config.dtype not in ("float32", "bfloat16", "float16"):
+        if config.dtype not in ("", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype={config.dtype}: must be float32, bfloat16 or float16")
-        self.dtype = getattr(torch, config.dtype)
+        self.dtype = getattr(torch, config.dtype) if config.dtype else pick_dtype(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high")  # TF32 where the device has it
 
@@ -126,8 +132,17 @@ class Machine:
         return float(number)
 
     def seed(self, *numbers):
-        """Seeds dropout from only these numbers and the rank."""
+        """Seeds all random numbers from these and the rank alone."""
         torch.manual_seed(int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1)[0]))
+
+
+def keep_freed_memory():
+    """By default, malloc returns large tensors to the kernel, which clears each page before it
+    hands it out again: up to a fifth of a step on a CPU. This keeps them in the process."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def pick_threads(model):
@@ -150,27 +165,40 @@ def pick_threads(model):
     return threads
 
 
+def resolve(config, machine, model, **chosen):
+    """Returns the config with a value for each setting that was left to be chosen, and sets the
+    number of threads. From here on, the config does not change; last.pt keeps it."""
+    threads = config.threads or pick_threads(model)
+    torch.set_num_threads(threads)
+    dtype = str(machine.dtype).removeprefix("torch.")
+    return replace(config, threads=threads, dtype=dtype, **chosen)
+
+
 # --- pretraining ----------------------------------------------------------------------------------
 
 
 class Windows:
-    """An endless, reproducible sequence of windows of block_size + 1 consecutive tokens. Each epoch
-    cuts the shards at a random offset (the phase) and shuffles the windows. A window lies within
-    one shard, so an epoch skips up to 2 * block_size tokens of each. The n-th window depends only
-    on seed and n, so a run can resume at any step and several processes can share it."""
+    """An endless, reproducible sequence of windows: block_size + 1 consecutive tokens of a shard.
+
+    An epoch cuts every shard into windows that lie block_size tokens apart, so that each token is
+    predicted once, and shuffles them. The first windows begin at a random offset, the same in all
+    shards (the phase), so that every epoch cuts elsewhere. The n-th window depends on seed and n
+    alone: a run can resume at any step, and several processes can share the sequence.
+    """
 
     def __init__(self, arrays, block_size, vocab_size, seed=0):
         self.arrays, self.block_size, self.vocab_size = arrays, block_size, vocab_size
         self.seed, self.epoch = seed, None
-        self.last_start = np.array([len(array) - block_size - 1 for array in arrays])
-        fitting = self.last_start // block_size + 1
-        # the phase needs room for one window; if only one fits, read() keeps it in place
-        self.first = np.cumsum([0, *(fitting - (fitting > 1))])
-        self.per_epoch = int(self.first[-1])
+        self.first = [0]  # the number of each shard's first window; at the end, that of all windows
+        for array in arrays:
+            fitting = (len(array) - 1) // block_size
+            # one less makes room for the phase; a single window stays where it fits: see read()
+            self.first.append(self.first[-1] + (fitting - 1 if fitting > 1 else fitting))
+        self.per_epoch = self.first[-1]
 
     def batch(self, first, count):
-        """Windows first ... first + count - 1 of the sequence -> idx, targets: see read()."""
-        windows, phases = [], []
+        """Windows first ... first + count - 1 of the sequence -> idx, targets: see stack()."""
+        windows = []
         for n in range(first, first + count):
             epoch, i = divmod(n, self.per_epoch)
             if epoch != self.epoch:
@@ -178,18 +206,19 @@ class Windows:
                 self.phase = int(rng.integers(self.block_size))
                 self.order = rng.permutation(self.per_epoch)
                 self.epoch = epoch
-            windows.append(self.order[i])
-            phases.append(self.phase)
-        return self.read(np.array(windows), np.array(phases))
+            windows.append(self.read(self.order[i], self.phase))
+        return self.stack(windows)
 
-    def read(self, windows, phases=0):
-        """The windows of an epoch with these numbers (B,), shifted by phases (B,) -> idx, targets
-        (the next tokens), each (B, T) int64."""
-        shards = np.searchsorted(self.first, windows, side="right") - 1
-        starts = (windows - self.first[shards]) * self.block_size + phases
-        starts = np.minimum(starts, self.last_start[shards])
-        rows = [self.arrays[shard][i : i + self.block_size + 1] for shard, i in zip(shards, starts)]
-        batch = torch.from_numpy(np.stack(rows).astype(np.int64))
+    def read(self, window, phase=0):
+        """The tokens of the window with this number in an epoch with this phase."""
+        shard = bisect.bisect_right(self.first, window) - 1  # which shard
+        start = (window - self.first[shard]) * self.block_size + phase  # where in it
+        start = min(start, len(self.arrays[shard]) - self.block_size - 1)
+        return self.arrays[shard][start : start + self.block_size + 1]
+
+    def stack(self, windows):
+        """Windows -> idx and targets (the next tokens), each (B, T) int64."""
+        batch = torch.from_numpy(np.stack(windows).astype(np.int64))
         if batch.max() >= self.vocab_size:
             raise ValueError(f"a shard is damaged: token {batch.max()} of {self.vocab_size}")
         return batch[:, :-1], batch[:, 1:]
@@ -198,14 +227,16 @@ class Windows:
 class Pretraining:
     """The task of predicting the next token of a data folder's text: see train()."""
 
-    curves, stats = ("train_loss", "val_loss"), {}
+    curves = ("train_loss", "val_loss")
 
     def __init__(self, config, machine, model, meta):
         self.config, self.machine, self.model, self.meta = config, machine, model, meta
+        self.measured = collections.defaultdict(list)
+        # windows per step
         self.per_step = config.batch_size * config.gradient_accumulation_steps * machine.world_size
-        # Embedding and output head take larger steps than the matrices between them, whose best
-        # learning rate falls with the width (Yang et al. 2022, "Tensor Programs V"). The factors
-        # were tuned. A tied head is both at once and stays small: see GPT.init_weights.
+        # Embedding and output head take larger steps than the matrices between them. Yang et al.
+        # 2022 derive this for the embedding; both factors were tuned. AdamW's weight decay grows
+        # with them. A tied head is both at once and stays small: see GPT.init_weights.
         self.lr_scales = {} if model.config.tie_weights else {"wte.weight": 20, "lm_head.weight": 4}
         vocab_size, train, val = meta["vocab_size"], meta["splits"]["train"], meta["splits"]["val"]
         self.windows = Windows(train["arrays"], config.block_size, vocab_size, config.seed)
@@ -221,23 +252,21 @@ class Pretraining:
         if machine.world_size > 1:
             self.forward = torch.nn.parallel.DistributedDataParallel(self.forward)
 
-    def updates(self, state):
-        yield self.micro_losses(state)  # one update per step
+    def updates(self, step):
+        """This process's share of the step's windows, as the batches of one update."""
+        size, count = self.config.batch_size, self.config.gradient_accumulation_steps
+        first = step * self.per_step + self.machine.rank * count * size
+        return [[self.windows.batch(first + i * size, size) for i in range(count)]]
 
-    def micro_losses(self, state):
-        """Yields each micro-batch's share of the mean loss; after the last, advances the state."""
-        config, machine = self.config, self.machine
-        count = config.gradient_accumulation_steps
-        for i in range(count):
-            first = state["examples"] + (machine.rank * count + i) * config.batch_size
-            idx, targets = machine.put(*self.windows.batch(first, config.batch_size))
-            if machine.world_size > 1:  # gradients are averaged over processes once per step
-                self.forward.require_backward_grad_sync = i == count - 1
-            with machine.autocast():
-                loss = self.forward(idx, targets) / count
-            yield loss
-        state["examples"] += self.per_step
-        state["tokens"] += self.per_step * config.block_size
+    def loss(self, batch):
+        """The cross-entropy of the next token, in nats, summed over the batch."""
+        idx, targets = self.machine.put(*batch)
+        return self.forward(idx, targets) * idx.numel()  # the model returns the mean
+
+    def count(self, batch):
+        return batch[0].numel()
+
+    tokens = count  # every token has a loss; in finetune.py, few have
 
     @torch.no_grad()
     def evaluate(self):
@@ -248,11 +277,10 @@ class Pretraining:
         self.model.eval()
         starts = range(0, len(chosen), config.batch_size)
         for i in starts[machine.rank :: machine.world_size]:  # this process's share
-            windows = chosen[i : i + config.batch_size]
+            windows = [self.val_windows.read(n) for n in chosen[i : i + config.batch_size]]
             with machine.autocast():
-                loss = self.model(*machine.put(*self.val_windows.read(windows)))
+                loss = self.model(*machine.put(*self.val_windows.stack(windows)))
             total += loss.item() * len(windows)
-        self.model.train()
         loss = machine.sum(total) / len(chosen)
         bpb = loss * self.bits_per_nat
         return {"val_loss": loss, "val_perplexity": perplexity(loss), "val_bpb": bpb}
@@ -272,10 +300,12 @@ class Pretraining:
         # products; an untied token embedding is only looked up
         matrices = total - (0 if config.tie_weights else self.model.transformer.wte.weight.numel())
         flops = 6 * matrices + 12 * config.n_layer * config.n_embd * config.block_size
-        print(f"{total:,} parameters, on {self.machine.device} in {config.dtype}")
+        print(f"{total:,} parameters, on {self.machine.device} in {config.dtype}", end=", ")
+        print(f"CPU threads: {config.threads}")
         print(f"{tokens:,} training tokens: {epochs:.1f} epochs")
         print(f"{flops * tokens:.1e} floating-point operations: {flops:,} per token")
-        print(f"{tokens / total:.1f} tokens per parameter; 20 is optimal (Hoffmann et al. 2022)")
+        print(f"{tokens / total:.1f} tokens per parameter", end=" ")
+        print("(about 20 are compute-optimal for large models: Hoffmann et al. 2022)")
 
 
 def perplexity(loss):
@@ -289,20 +319,18 @@ def train(config, machine, task, saved=None):
     """Trains task.model for max_iters steps, or until a signal or config.patience ends it. saved is
     the last.pt to resume from; the model has its weights already.
 
-    task.updates(state)     iterates over the updates of one step. Each is an iterator over the
-                            losses of its micro-batches, whose gradients are added up. Counts
-                            state["examples"] and state["tokens"].
+    task.updates(step)      the updates of a step, each a list of batches whose gradients are added
+    task.loss(batch)        the sum of the batch's losses; task.count(batch), their number, and
+                            task.tokens(batch), that of its tokens
     task.evaluate()         {"val_loss": ..., and other columns of metrics.csv}
     task.checkpoint()       what last.pt holds besides the state of the run
     task.best_checkpoint()  what best.pt holds
-    task.stats              other columns; task.curves names those that loss.png shows
+    task.measured           {column: [a tensor of each update since the last report]}
+    task.curves             the columns that loss.png shows
     """
     rates = (config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     optimizer = configure_optimizer(task.model, *rates, task.lr_scales)
-    state = restore(saved, config, optimizer, machine.scaler)
-    losses, clock = [], time.perf_counter()
-    config.threads = config.threads or pick_threads(task.model)
-    torch.set_num_threads(config.threads)
+    state, clock = restore(saved, config, optimizer, machine.scaler), time.perf_counter()
     with stop_signals(machine) as signals:
         while state["step"] < config.max_iters:
             if 0 < config.patience <= state["evaluations_since"]:
@@ -311,26 +339,33 @@ def train(config, machine, task, saved=None):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(state["step"], config) * group["lr_scale"]
             machine.seed(config.seed, state["step"])
-            for micro_losses in task.updates(state):
-                losses.append(0.0)
-                for loss in micro_losses:
+            for batches in task.updates(state["step"]):  # one a step; ppo and grpo make several
+                task.model.train()  # evaluating and sampling turn dropout off
+                count, total = sum(map(task.count, batches)), 0.0
+                for batch in batches:  # gradient accumulation
+                    if machine.world_size > 1:  # average gradients over processes only at the end
+                        task.forward.require_backward_grad_sync = batch is batches[-1]
+                    with machine.autocast():
+                        loss = task.loss(batch) / count  # loss() returns a sum
                     machine.scaler.scale(loss).backward()
-                    losses[-1] += loss.detach()
+                    total += loss.detach()
                 machine.scaler.unscale_(optimizer)
                 norm = clip_grad_norm_(task.model.parameters(), config.grad_clip or math.inf)
                 machine.scaler.step(optimizer)  # skipped if float16 gradients overflowed
                 machine.scaler.update()
                 optimizer.zero_grad(set_to_none=True)
+                state["tokens"] += sum(map(task.tokens, batches)) * machine.world_size
+                task.measured["train_loss"].append(total)
             state["step"] += 1
 
             interrupted = machine.sum(len(signals)) > 0  # in any process
             is_last = state["step"] == config.max_iters
             evaluates = is_last or state["step"] % config.eval_interval == 0
             if evaluates or interrupted or state["step"] % config.log_interval == 0:
-                report(config, machine, task, state, losses, norm, clock, evaluates)
+                report(config, machine, task, state, norm, clock, evaluates)
                 if evaluates or interrupted:
                     save(config, machine, task, optimizer, state)
-                losses, clock = [], time.perf_counter()  # evaluation is not timed
+                clock = time.perf_counter()  # evaluation is not timed
             if interrupted:
                 print(f"\nsaved step {state['step']}; --init_from=resume continues from there")
                 raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
@@ -352,19 +387,32 @@ def configure_optimizer(model, learning_rate, weight_decay, betas, scales=None):
 
 def restore(saved, config, optimizer, scaler):
     """The state of a new run, or the saved run's; also restores the saved run's optimizer."""
-    state = {"step": 0, "examples": 0, "tokens": 0, "rows": []}
+    state = {"step": 0, "tokens": 0, "rows": []}
     state |= {"best_val_loss": math.inf, "evaluations_since": 0, "has_saved": False}
     if saved:
         with damaged(f"{config.out_dir}/last.pt"):
             # moments come from the file, hyperparameters from config
             moments = {"state": saved["optimizer"]["state"]}
             optimizer.load_state_dict(optimizer.state_dict() | moments)
+            for parameter in itertools.chain(*(g["params"] for g in optimizer.param_groups)):
+                moments = optimizer.state[parameter]
+                for name in ("exp_avg", "exp_avg_sq"):  # AdamW writes past the end of a short one
+                    moments[name] = moments[name].reshape(parameter.shape).contiguous()
+                moments["step"] = moments["step"].reshape(())
             if scaler.is_enabled():
                 scaler.load_state_dict(saved["scaler"])
+            check_types(saved["state"], state)
             state |= saved["state"]
     if state["step"] >= config.max_iters:
         print(f"{config.out_dir} is already at step {state['step']}; raise --max_iters to continue")
     return state
+
+
+def check_types(saved, defaults):
+    """Raises ValueError if one of these values is missing or has another type than its default."""
+    for name, value in defaults.items():
+        if type(saved.get(name)) is not type(value):
+            raise ValueError(f"{name} is {saved.get(name)!r:.80}")
 
 
 def learning_rate_at(step, config):
@@ -378,21 +426,23 @@ def learning_rate_at(step, config):
     return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
 
 
-def report(config, machine, task, state, losses, norm, clock, evaluates):
+def report(config, machine, task, state, norm, clock, evaluates):
     """Adds a row to metrics.csv for the steps since the last row, which began at time clock, and
     prints it; a terminal overwrites lines without an evaluation. Raises ValueError if the loss or
     the gradient is not finite, before anything is saved."""
-    loss = machine.sum(torch.stack(losses).mean().item()) / machine.world_size
+    seconds = time.perf_counter() - clock
+    means = {name: torch.stack(values).mean().item() for name, values in task.measured.items()}
+    task.measured.clear()
+    loss = machine.sum(means.pop("train_loss")) / machine.world_size
     norm, step, rows = norm.item(), state["step"], state["rows"]
     if not math.isfinite(loss) or not (math.isfinite(norm) or machine.scaler.is_enabled()):
         what = f"the loss is {loss} and the gradient norm is {norm}"
         raise ValueError(f"stopped at step {step}: {what}; try a lower --learning_rate")
     last = rows[-1] if rows else {"tokens": 0, "seconds": 0}
-    seconds = time.perf_counter() - clock
     row = {"step": step, "tokens": state["tokens"], "seconds": round(last["seconds"] + seconds, 3)}
     row |= {"lr": learning_rate_at(step - 1, config), "train_loss": loss, "grad_norm": norm}
     row |= {"tokens_per_s": round((row["tokens"] - last["tokens"]) / seconds)}
-    metrics = task.stats | (task.evaluate() if evaluates else {})
+    metrics = means | (task.evaluate() if evaluates else {})
     rows.append(row | metrics)
 
     left = round((config.max_iters - step) * row["seconds"] / step)
@@ -408,30 +458,42 @@ def format_metrics(metrics):
 
 
 def save(config, machine, task, optimizer, state):
-    """Writes best.pt if the validation loss is the lowest so far, then last.pt with everything
-    needed for the next step. An earlier run in this folder is moved to previous/, in place of what
-    was there, by the first save and not before: a run that fails early replaces nothing."""
+    """Writes best.pt if the validation loss is the lowest so far (or if there is none yet, so that
+    a run that is stopped early leaves a model, too), the metrics, and last.pt with everything
+    needed for the next step."""
     row, folder = state["rows"][-1], pathlib.Path(config.out_dir)
     is_best = row.get("val_loss", math.inf) < state["best_val_loss"]
     if is_best:
         state |= {"best_val_loss": row["val_loss"], "evaluations_since": 0}
     elif "val_loss" in row:  # a save after a signal has none
         state["evaluations_since"] += 1
-    if machine.rank > 0:
-        return
-    if not state["has_saved"] and any((folder / f).exists() for f in ("best.pt", "last.pt")):
-        (folder / "previous").mkdir(exist_ok=True)
-        for name in ("metrics.csv", "loss.png", "best.pt", "last.pt"):
+    if machine.rank == 0:
+        if not state["has_saved"]:
+            set_aside(folder)
+        state["has_saved"] = True
+        if is_best or state["best_val_loss"] == math.inf:
+            best = {**task.best_checkpoint(), "step": state["step"]}
+            save_checkpoint(folder / "best.pt", best)
+        write_metrics(folder, state["rows"], task.curves)
+        run = {"optimizer": optimizer.state_dict(), "scaler": machine.scaler.state_dict()}
+        run |= {"state": state, "run_config": asdict(config)}
+        save_checkpoint(folder / "last.pt", {**task.checkpoint(), **run})
+    machine.sum(0)  # the others wait: torchrun ends all processes as soon as one ends
+
+
+def set_aside(folder):
+    """Moves an earlier run in this folder to previous/, in place of what was there. Only the first
+    save of a run does this, so a run that fails early replaces nothing."""
+    previous = folder / "previous"
+    has_best, has_last = ((folder / name).exists() for name in ("best.pt", "last.pt"))
+    # a best.pt alone: its run was killed in its first save, and previous/ holds the one before it
+    if has_last or (has_best and not previous.exists()):
+        previous.mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            (previous / name).unlink(missing_ok=True)
             if (folder / name).exists():
-                (folder / name).replace(folder / "previous" / name)
-        print(f"moved the earlier run in {folder} to {folder / 'previous'}")
-    state["has_saved"] = True
-    if is_best:
-        save_checkpoint(folder / "best.pt", {**task.best_checkpoint(), "step": state["step"]})
-    run = {"optimizer": optimizer.state_dict(), "scaler": machine.scaler.state_dict()}
-    run |= {"state": state, "run_config": asdict(config)}
-    save_checkpoint(folder / "last.pt", {**task.checkpoint(), **run})
-    write_metrics(folder, state["rows"], task.curves)
+                (folder / name).replace(previous / name)
+        print(f"moved the earlier run in {folder} to {previous}")
 
 
 def write_metrics(folder, rows, curves):
@@ -459,17 +521,19 @@ def write_metrics(folder, rows, curves):
 def stop_signals(machine):
     """Yields a list of the signals caught: the first Ctrl-C or SIGTERM asks for a stop after the
     current step; the second acts at once, except under torchrun, which sends each signal twice."""
-    caught = []
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def catch(number, frame):
         caught.append(number)
-        if machine.world_size == 1:
-            handlers.close()  # puts the earlier ones back
+        if len(caught) > 1 and machine.world_size == 1:
+            raise KeyboardInterrupt
 
-    with contextlib.ExitStack() as handlers:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers.callback(signal.signal, number, signal.signal(number, catch))
+    earlier = [signal.signal(number, catch) for number in numbers]
+    try:
         yield caught
+    finally:
+        for number, handler in zip(numbers, earlier):
+            signal.signal(number, handler)
 
 
 # --- main -----------------------------------------------------------------------------------------
@@ -478,25 +542,25 @@ def stop_signals(machine):
 def load_run(config_class, flags):
     """Returns the config of the run in --out_dir, with these flags applied, and its last.pt."""
     path = pathlib.Path(flags["out_dir"], "last.pt")
-    saved = load_checkpoint(path)
+    saved, defaults = load_checkpoint(path), vars(config_class())
     with damaged(path):
         config = saved["run_config"]
-    if not config.keys() <= vars(config_class()).keys():
-        raise ValueError(f"{path} was begun by another script (train.py or finetune.py)")
+        if not config.keys() <= defaults.keys():
+            raise ValueError("begun by another script (train.py or finetune.py)")
+        check_types(config, defaults)
     return config_class(**{**config, **flags, "init_from": config["init_from"]}), saved
 
 
 def make_model(config, flags, meta, saved):
-    """A new model, or a checkpoint's, whose shape is then copied into config. Raises ValueError if
-    the data or the flags, which are those actually given, do not match the checkpoint."""
-    names = [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
+    """A new model, or a checkpoint's. Raises ValueError if the data or the flags, which are those
+    actually given, do not match the checkpoint."""
     if not saved and config.init_from == "scratch":
         torch.manual_seed(config.seed)
-        shape = {name: getattr(config, name) for name in names}
+        shape = {name: getattr(config, name) for name in SHAPE}
         return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
     path = config.out_dir if saved else config.init_from
     checkpoint = saved or load_checkpoint(path)
-    if saved and saved["data_digest"] != meta["digest"]:
+    if saved and saved.get("data_digest") != meta["digest"]:
         raise ValueError(f"{config.data} is not the data that {path} was trained on")
     spec = prepare_data.tokenizer_of(checkpoint, path)
     if spec != meta["tokenizer"]:  # GPT-2's tokenizer has two: its name, and its files'
@@ -509,20 +573,20 @@ def make_model(config, flags, meta, saved):
         model = GPT.from_checkpoint(checkpoint, **dropouts)
     if not saved:
         model.resize(block_size=flags.get("block_size"))
-    for name in names:
+    for name in SHAPE:
         has = getattr(model.config, name)
         if flags.get(name, has) != has:
             raise ValueError(f"{path} has {name}={has}, not --{name}={flags[name]}")
-        setattr(config, name, has)  # overrides the default
     return model
 
 
 def main(argv=None):
-    flags = vars(flag_parser(TrainConfig, __doc__).parse_args(argv))
+    flags = vars(flag_parser(TrainConfig(), __doc__).parse_args(argv))
     config, saved = TrainConfig(**flags), None
     if config.init_from == "resume":
         config, saved = load_run(TrainConfig, {"out_dir": config.out_dir, **flags})
     check_counts(config, "eval_interval", "eval_iters")
+    keep_freed_memory()
     machine = Machine(config)
     has_files = any(path.is_file() for path in pathlib.Path(config.data).glob("[!.]*"))
     if config.data == TrainConfig.data and not has_files and machine.rank == 0:
@@ -530,7 +594,10 @@ def main(argv=None):
         prepare_data.main([f"--out={config.data}"])
     machine.sum(0)  # waits for rank 0
     meta = open_data(config.data)
-    model = make_model(config, flags, meta, saved).to(machine.device).train()
+    model = make_model(config, flags, meta, saved).to(machine.device)
+    # a checkpoint's shape overrides the defaults
+    shape = {name: getattr(model.config, name) for name in SHAPE}
+    config = resolve(config, machine, model, **shape)
     task = Pretraining(config, machine, model, meta)
     if config.eval_only:
         print(format_metrics(task.evaluate()))
