@@ -3,6 +3,7 @@
 python -m pytest -q
 """
 
+import ast
 import contextlib
 import csv
 import doctest
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -761,6 +763,61 @@ def test_an_earlier_run_is_moved_aside_by_the_first_save_of_the_next():
     assert_equal(first, load_checkpoint("out/previous/last.pt")["model"])
 
 
+def test_a_run_killed_in_its_first_save_does_not_replace_the_one_moved_aside(monkeypatch):
+    first = run_training("out")["model"]
+    write = train.save_checkpoint
+    kill = lambda path, checkpoint: 1 / 0 if path.name == "last.pt" else write(path, checkpoint)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "save_checkpoint", kill)
+        run_training("out", "--seed=2 --max_iters=5")
+    assert os.path.exists("out/best.pt") and not os.path.exists("out/last.pt")
+    run_training("out", "--seed=3 --max_iters=5")
+    for name in ("best.pt", "last.pt"):
+        assert_equal(first, load_checkpoint(f"out/previous/{name}")["model"])
+
+
+def test_metrics_that_a_kill_kept_from_being_written_are_written_by_the_resumed_run(monkeypatch):
+    run_training("whole")
+    write, calls = train.write_metrics, itertools.count(1)
+    kill = lambda *args: 1 / 0 if next(calls) == 2 else write(*args)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "write_metrics", kill)
+        run_training("out")  # dies in its last save
+    resume("out")
+    assert column("out", "val_loss") == column("whole", "val_loss")
+
+
+MOMENTS = {  # what to do to one of a weight's moments
+    "short": lambda moments: moments["exp_avg_sq"].resize_(1),
+    "missing": lambda moments: moments.clear(),
+    "two steps": lambda moments: moments.update(step=torch.zeros(2)),
+    "without memory of its own": lambda moments: moments.update(
+        exp_avg=torch.zeros(1).expand(moments["exp_avg"].shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", MOMENTS)
+def test_moments_that_do_not_fit_their_weights_never_reach_adamw(how):
+    last = run_training("out", "--max_iters=1")
+    MOMENTS[how](last["optimizer"]["state"][0])
+    gpt.save_checkpoint("out/last.pt", last)
+    if how == "without memory of its own":
+        assert resume("out", "--max_iters=3")["state"]["step"] == 3
+    else:
+        with pytest.raises(ValueError, match="last.pt: damaged"):
+            resume("out", "--max_iters=3")
+
+
+@pytest.mark.parametrize("place", ["run_config", "state"])
+def test_a_setting_or_count_of_another_type_is_refused(place):
+    last = run_training("out", "--max_iters=1")
+    last[place]["batch_size" if place == "run_config" else "step"] = "4"
+    gpt.save_checkpoint("out/last.pt", last)
+    with pytest.raises(ValueError, match="last.pt: damaged.* is '4'"):
+        resume("out", "--max_iters=3")
+
+
 def test_a_resumed_run_keeps_the_dtype_that_it_began_with(monkeypatch):
     monkeypatch.setattr(train, "pick_dtype", lambda device: torch.bfloat16)
     run_training("out", "--dtype=")
@@ -1169,10 +1226,10 @@ def finetune_flags(name, flags, rows):
     return f"--task={name} {files} {FEW} {flags}".split()
 
 
-def run_finetune(name, flags="", rows=None):
+def run_finetune(name, flags="", rows=None, folder=None):
     """finetune.py, into a folder named as the task -> (last.pt, best.pt)."""
     finetune.main(finetune_flags(name, flags, rows))
-    return [load_checkpoint(f"{name}/{file}") for file in ("last.pt", "best.pt")]
+    return [load_checkpoint(f"{folder or name}/{file}") for file in ("last.pt", "best.pt")]
 
 
 def make_task(name, flags="", rows=None):
@@ -1297,6 +1354,47 @@ def test_resumed_fine_tuning_is_uninterrupted_fine_tuning(flags, toy_reward):
     finetune.main(f"--task={name} --init_from=resume --out_dir={name} --max_iters=12".split())
     assert_same_run(whole[0], load_checkpoint(f"{name}/last.pt"))
     assert_equal(whole[1]["model"], load_checkpoint(f"{name}/best.pt")["model"])
+
+
+def test_a_run_stopped_before_its_first_evaluation_leaves_a_model_and_resumes(monkeypatch, capsys):
+    terms, calls = finetune.Instruct.terms, itertools.count(1)
+
+    def stopped(task, examples):
+        if task.model.training and next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return terms(task, examples)
+
+    whole = run_finetune("instruct", "--out_dir=whole --max_iters=12", folder="whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(finetune.Instruct, "terms", stopped)
+        run_finetune("instruct")
+    assert load_checkpoint("instruct/best.pt")["step"] == 3
+    sample.main(["--init_from=instruct", "--max_new_tokens=3"])
+    finetune.main("--task=instruct --init_from=resume --out_dir=instruct".split())
+    assert_same_run(whole[0], load_checkpoint("instruct/last.pt"))
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+@pytest.mark.parametrize("changed", ["init_from", "reward_model"])
+def test_a_run_is_not_resumed_on_other_models_than_it_began_with(name, changed, toy_reward):
+    if (name, changed) == ("dpo", "reward_model"):
+        return  # reads none
+    shutil.copytree("base", "start")
+    run_finetune(name, "--init_from=start --max_iters=6")
+    path = {"init_from": "start/best.pt", "reward_model": "out/reward/best.pt"}[changed]
+    model = load_checkpoint(path)
+    model["model"]["transformer.ln_f.bias"][0] += 1
+    gpt.save_checkpoint(path, model)
+    with pytest.raises(ValueError, match=f"{changed} differs"):
+        finetune.main(f"--task={name} --init_from=resume --out_dir={name} --max_iters=12".split())
+
+
+def test_a_new_run_moves_the_answers_of_the_one_before_aside():
+    run_finetune("instruct")
+    before = pathlib.Path("instruct/responses.jsonl").read_bytes()
+    run_finetune("instruct", "--seed=2 --learning_rate=0.1")
+    assert pathlib.Path("instruct/previous/responses.jsonl").read_bytes() == before
+    assert pathlib.Path("instruct/responses.jsonl").read_bytes() != before
 
 
 def test_a_classifier_learns_answers_and_can_be_trained_further(capsys):
@@ -1684,6 +1782,84 @@ def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
             (parsed,) = vars(parser.parse_args([f"--{name}{form}"])).values()
             assert parsed == value and type(parsed) is kind
     assert vars(parser.parse_args([])) == {}
+
+
+def test_help_shows_the_defaults_of_the_task(capsys):
+    for task, flag, value in [("grpo", "group_size", 8), ("ppo", "group_size", 1)]:
+        for form in (f"--task={task}", f"--task {task}"):
+            with pytest.raises(SystemExit) as stopped:
+                finetune.main(f"{form} --help".split())
+            found = re.search(rf"--{flag} [^-]*\(default: (\d+)\)", capsys.readouterr().out)
+            assert stopped.value.code == 0 and found[1] == str(value)
+    for task, values in finetune.TASK_DEFAULTS.items():
+        config, _ = finetune.read_flags([f"--task={task}"])
+        assert vars(config).items() >= values.items() and config.out_dir == f"out/{task}"
+        assert finetune.read_flags([f"--task={task}", "--batch_size=3"])[0].batch_size == 3
+
+
+def lifted(path, *names):
+    """These definitions of a file, with its imports from other projects and nothing else."""
+    tree = ast.parse(pathlib.Path(train.__file__).with_name(path).read_text("utf-8"))
+    ours = ("gpt", "prepare_data", "train")
+    found, body = {}, []
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [getattr(node, "module", None) or node.names[0].name]
+            body += [node] if modules[0] not in ours else []
+        defined = [getattr(node, "name", None), *map(ast.unparse, getattr(node, "targets", []))]
+        for name in {*defined} & {*names}:
+            found[name] = node
+    assert found.keys() == {*names}
+    values = {}
+    exec(compile(ast.Module([*body, *found.values()], []), path, "exec"), values)
+    return types.SimpleNamespace(**values)
+
+
+def test_attention_and_sampling_can_be_copied_alone():
+    q, k, v = torch.randn(3, 2, 4, 9, 8)
+    copied = lifted("gpt.py", "attention_weights", "attention")
+    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_close(copied.attention(q, k, v), fused)
+    copied = lifted("gpt.py", "sample", "keep_top_p")
+    logits = torch.tensor([[0.0, 9.0, -math.inf]]).expand(50, 3)
+    assert (copied.sample(logits, top_k=2, top_p=0.9) == 1).all()
+
+
+def test_windows_and_schedule_can_be_copied_alone():
+    idx, targets = lifted("train.py", "Windows").Windows([np.arange(100)], 8, 100).batch(0, 5)
+    assert torch.equal(targets, idx + 1) and idx.shape == (5, 8)
+    config = train.TrainConfig(learning_rate=1.0, warmup_iters=1, max_iters=9)
+    assert lifted("train.py", "learning_rate_at").learning_rate_at(1, config) == 1.0
+
+
+def test_the_bpe_can_be_copied_alone():
+    text = story(500)
+    names = ["SPLIT", "WORD_END", "END_OF_TEXT", "ROLES", "cut", "count_pieces", "train_bpe"]
+    copied = lifted("prepare_data.py", *names, "damaged", "bpe_spec", "build_tokenizer")
+    tokenizer = copied.build_tokenizer(copied.bpe_spec(copied.train_bpe([text], 300)))
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert len(tokenizer.encode_ordinary(text)) < len(text) / 2
+
+
+def test_each_objective_can_be_copied_alone():
+    a, b = torch.randn(2, 6)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    calls = {
+        "dpo_loss": (a, b, b, a),
+        "reward_loss": (a, b),
+        "clipped_loss": (a, b, a),
+        "kl_estimate": (a, b),
+        "group_advantages": (a, 3),
+        "gae": (a.view(2, 3), b.view(2, 3), mask),
+    }
+    for name, values in calls.items():
+        ours, copied = getattr(finetune, name), getattr(lifted("finetune.py", name), name)
+        assert_equal(copied(*values), ours(*values))
+    linear, x = torch.nn.Linear(4, 5), torch.randn(3, 4)
+    adapted = lifted("finetune.py", "LoRALinear").LoRALinear(linear, rank=2, alpha=4)
+    assert_equal(adapted(x), linear(x))
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained == ["lora_A", "lora_B"]
 
 
 LARGE = "9" * 400
