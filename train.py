@@ -74,7 +74,7 @@ class TrainConfig(RunConfig):
     init_from: str = "scratch"  # scratch (a new model), resume (continue --out_dir), or a model
     eval_only: bool = False  # only print the validation loss
     eval_iters: int = 200  # maximum batches per evaluation
-    compile: bool = True  # speed up with torch.compile (NVIDIA only)
+    compile: bool = False  # use torch.compile (default: on NVIDIA GPUs, unless the model is small)
     n_layer: int = 2  # transformer blocks
     n_head: int = 4  # attention heads in a block
     n_embd: int = 128  # embedding size: numbers per token
@@ -119,10 +119,19 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def put(self, *tensors):
-        """Copies tensors to the device, asynchronously on CUDA."""
-        if self.device.type == "cuda":
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        """Copies tensors to the device, asynchronously on CUDA. (On MPS, an asynchronous copy can
+        read memory that is already freed: github.com/pytorch/pytorch/issues/139550.)"""
+        is_cuda = self.device.type == "cuda"
+        if is_cuda:  # a view would first be copied to memory that is not pinned
+            tensors = [tensor.contiguous().pin_memory() for tensor in tensors]
+        return [tensor.to(self.device, non_blocking=is_cuda) for tensor in tensors]
+
+    def compiles(self, model):
+        """Whether to use torch.compile unless told otherwise. Its compiler, Triton, needs Linux and
+        a GPU of 2017 or later; a small model is trained before it is compiled."""
+        is_cuda = self.device.type == "cuda" and sys.platform != "win32"
+        is_new = is_cuda and torch.cuda.get_device_capability(self.device) >= (7, 0)
+        return is_new and not is_small(model)
 
     def sum(self, number):
         """The sum of a number over all processes, which wait for one another."""
@@ -145,6 +154,10 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
+def is_small(model):
+    return sum(p.numel() for p in model.parameters()) < 2e6
+
+
 def pick_threads(model):
     """One thread for a small model, unless all threads multiply matrices at least 1.3 times as
     fast. On a busy machine they do not: they wait for one another in every short operation."""
@@ -159,8 +172,7 @@ def pick_threads(model):
             matrix.T @ matrix
         return time.perf_counter() - start
 
-    is_small = sum(p.numel() for p in model.parameters()) < 2e6
-    if is_small and threads > 1 and seconds(1) < 1.3 * seconds(threads):
+    if is_small(model) and threads > 1 and seconds(1) < 1.3 * seconds(threads):
         threads = 1
     return threads
 
@@ -247,8 +259,7 @@ class Pretraining:
         self.val_windows = Windows(val["arrays"], block_size, vocab_size)
         # converts nats per token to bits per byte, which are comparable between tokenizers
         self.bits_per_nat = val["tokens"] / val["bytes"] / math.log(2)
-        compiles = config.compile and machine.device.type == "cuda" and sys.platform != "win32"
-        self.forward = torch.compile(model) if compiles else model
+        self.forward = torch.compile(model) if config.compile else model
         if machine.world_size > 1:
             self.forward = torch.nn.parallel.DistributedDataParallel(self.forward)
 
@@ -399,7 +410,7 @@ def restore(saved, config, optimizer, scaler):
                 for name in ("exp_avg", "exp_avg_sq"):  # AdamW writes past the end of a short one
                     moments[name] = moments[name].reshape(parameter.shape).contiguous()
                 moments["step"] = moments["step"].reshape(())
-            if scaler.is_enabled():
+            if scaler.is_enabled() and saved["scaler"]:  # empty if dtype was not float16
                 scaler.load_state_dict(saved["scaler"])
             check_types(saved["state"], state)
             state |= saved["state"]
@@ -438,14 +449,14 @@ def report(config, machine, task, state, norm, clock, evaluates):
     if not math.isfinite(loss) or not (math.isfinite(norm) or machine.scaler.is_enabled()):
         what = f"the loss is {loss} and the gradient norm is {norm}"
         raise ValueError(f"stopped at step {step}: {what}; try a lower --learning_rate")
-    last = rows[-1] if rows else {"tokens": 0, "seconds": 0}
+    last = rows[-1] if rows else {"step": 0, "tokens": 0, "seconds": 0}
     row = {"step": step, "tokens": state["tokens"], "seconds": round(last["seconds"] + seconds, 3)}
     row |= {"lr": learning_rate_at(step - 1, config), "train_loss": loss, "grad_norm": norm}
     row |= {"tokens_per_s": round((row["tokens"] - last["tokens"]) / seconds)}
     metrics = means | (task.evaluate() if evaluates else {})
     rows.append(row | metrics)
 
-    left = round((config.max_iters - step) * row["seconds"] / step)
+    left = round((config.max_iters - step) * seconds / (step - last["step"]))
     line = f"step {step:5}/{config.max_iters}  loss {loss:.3f}  {row['tokens_per_s']:,} tokens/s  "
     line += f"{left // 60}:{left % 60:02} left  {format_metrics(metrics)}"
     is_terminal = sys.stdout.isatty()
@@ -501,7 +512,10 @@ def write_metrics(folder, rows, curves):
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
     text = "".join(",".join(map(str, line)) + "\n" for line in table)
-    write_file(folder / "metrics.csv", text.encode())
+    try:
+        write_file(folder / "metrics.csv", text.encode())
+    except PermissionError as error:  # on Windows, while a spreadsheet has it open
+        print(f"{error}; the next save will try again")
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
 
@@ -551,13 +565,15 @@ def load_run(config_class, flags):
     return config_class(**{**config, **flags, "init_from": config["init_from"]}), saved
 
 
-def make_model(config, flags, meta, saved):
+def make_model(config, flags, meta, saved, device):
     """A new model, or a checkpoint's. Raises ValueError if the data or the flags, which are those
     actually given, do not match the checkpoint."""
     if not saved and config.init_from == "scratch":
         torch.manual_seed(config.seed)
-        shape = {name: getattr(config, name) for name in SHAPE}
-        return GPT(GPTConfig(vocab_size=meta["vocab_size"], **shape))
+        shape, vocab_size = {name: getattr(config, name) for name in SHAPE}, meta["vocab_size"]
+        if device.type == "cuda":  # matrix products with odd sizes are up to 25% slower
+            vocab_size = math.ceil(vocab_size / 64) * 64
+        return GPT(GPTConfig(vocab_size=vocab_size, **shape))
     path = config.out_dir if saved else config.init_from
     checkpoint = saved or load_checkpoint(path)
     if saved and saved.get("data_digest") != meta["digest"]:
@@ -594,15 +610,18 @@ def main(argv=None):
         prepare_data.main([f"--out={config.data}"])
     machine.sum(0)  # waits for rank 0
     meta = open_data(config.data)
-    model = make_model(config, flags, meta, saved).to(machine.device)
+    model = make_model(config, flags, meta, saved, machine.device).to(machine.device)
     # a checkpoint's shape overrides the defaults
-    shape = {name: getattr(model.config, name) for name in SHAPE}
-    config = resolve(config, machine, model, **shape)
+    chosen = {name: getattr(model.config, name) for name in SHAPE}
+    chosen["compile"] = flags.get("compile", machine.compiles(model))
+    config = resolve(config, machine, model, **chosen)
     task = Pretraining(config, machine, model, meta)
     if config.eval_only:
         print(format_metrics(task.evaluate()))
     else:
         task.describe()
+        if config.compile:
+            print("compiling the model, which takes a minute or two: it counts as the first step")
         with lock(config.out_dir) if machine.rank == 0 else contextlib.nullcontext():
             train(config, machine, task, saved)
     if machine.world_size > 1:
