@@ -31,14 +31,14 @@ from torch import nn
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 124M. Raises ValueError on impossible sizes."""
 
-    block_size: int = 1024  # maximum context, tokens
+    block_size: int = 1024  # context length: tokens the model sees at once
     vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0  # on embeddings and both residual branches
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads in a block
+    n_embd: int = 768  # embedding size: numbers per token
+    dropout: float = 0.0  # on embeddings and on what each block adds to them
     bias: bool = True  # in Linear and LayerNorm
-    tie_weights: bool = True  # lm_head shares the token embedding
+    tie_weights: bool = True  # lm_head is the token embedding
     attn_dropout: float = 0.0  # on attention weights
 
     def __post_init__(self):
@@ -65,17 +65,31 @@ def attention_weights(q, k):
 
 
 def attention(q, k, v, dropout=0.0):
-    """Causal attention: the mean of the values v, weighted by attention_weights; (B, n_head, T, d).
+    """Causal attention: the mean of the values v, weighted by attention_weights; (B, n_head, T, d),
+    of q's dtype. k and v may have another, if they come from a cache."""
+    T, S, dtype = q.size(-2), k.size(-2), q.dtype
+    q = q.to(k.dtype)
+    # In bfloat16 on a CPU, for up to 512 tokens, the plain formula is 1.5 to 4 times as fast as
+    # PyTorch's fused kernel, forward and backward. On MPS, the kernel of PyTorch 2.8 to 2.11 reads
+    # q wrongly (github.com/pytorch/pytorch/issues/181133). Elsewhere the kernel is faster.
+    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512
+    if is_slow or q.device.type == "mps":
+        y = F.dropout(attention_weights(q, k), dropout) @ v
+    elif T == S:
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    else:  # is_causal would assume that q starts at position 0; a single query sees all keys
+        mask = None if T == 1 else q.new_ones(T, S, dtype=torch.bool).tril(S - T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    return y.to(dtype)
 
-    In bfloat16 on a CPU, for up to 512 tokens, the plain formula is 1.5 to 4 times as fast as
-    PyTorch's fused kernel, forward and backward. Everywhere else the fused kernel is faster.
-    """
-    T, S = q.size(-2), k.size(-2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512:
-        return F.dropout(attention_weights(q, k), dropout) @ v
-    # is_causal assumes that the queries start at position 0; a single query sees all keys
-    mask = None if T in (1, S) else q.new_ones(T, S, dtype=torch.bool).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S)
+
+def remember(cache, start, k, v):
+    """Puts the keys and values of the positions from start on into a block's cache, (2, B, n_head,
+    capacity, d). Returns those of all positions so far."""
+    end = start + k.size(-2)
+    cache[0, :, :, start:end] = k
+    cache[1, :, :, start:end] = v
+    return cache[:, :, :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -89,17 +103,15 @@ class CausalSelfAttention(nn.Module):
         self.dropout, self.attn_dropout = config.dropout, config.attn_dropout
 
     def heads(self, x):
-        """x (B, T, C) -> queries, keys and values, (3, B, n_head, T, C / n_head)."""
+        """x (B, T, C) -> queries, keys and values, each (B, n_head, T, C / n_head)."""
         B, T, C = x.shape
         return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, cache=None, start=0):
-        q, k, v = qkv = self.heads(x)
-        if cache is not None:  # (2, B, n_head, capacity, d): keys and values of all positions
-            end = start + x.size(1)
-            cache[:, :, :, start:end] = qkv[1:]
-            q, (k, v) = q.to(cache.dtype), cache[:, :, :, :end]
-        y = attention(q, k, v, self.attn_dropout if self.training else 0.0).to(x.dtype)
+        q, k, v = self.heads(x)
+        if cache is not None:
+            k, v = remember(cache, start, k, v)
+        y = attention(q, k, v, self.attn_dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads concatenated
         return fast_dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -155,7 +167,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialization (Radford et al. 2018, section 4.1; 2019, section 2.3).
+        """GPT-2's initialization (Radford et al. 2018, section 4.1; 2019, section 2.3; OpenAI's
+        code has 0.01 for wpe).
 
         A tied wte is also the output head and must be small, or the first logits would be large.
         An untied model starts differently, by our own choice: tokens from N(0, 1), so that the
@@ -245,7 +258,7 @@ class GPT(nn.Module):
                 token = token.masked_fill(stopped, stop_token)
                 stopped = token == stop_token
             yield token
-            if stopped.all():
+            if stop_token is not None and stopped.all():
                 return
             context = torch.cat([context, token[:, None]], dim=1)
 
@@ -291,11 +304,15 @@ class GPT(nn.Module):
         and attn_dropout can be replaced. Float32 weights are shared, not copied. If the
         checkpoint is damaged, any exception can be raised.
         """
+        if checkpoint["config"]["n_layer"] > len(checkpoint["model"]):  # building them takes long
+            raise ValueError("it has fewer weights than layers")
         with torch.device("meta"):  # shapes alone: no memory, no random numbers
             model = cls(GPTConfig(**{**checkpoint["config"], **dropout}))
         weights = {name: tensor.float() for name, tensor in checkpoint["model"].items()}
         if any(w.layout != torch.strided or w.is_meta for w in weights.values()):
             raise ValueError("the weights are not plain (strided) tensors")
+        # contiguous: AdamW would write past the memory of an expanded tensor
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
         return model.eval()
@@ -321,6 +338,8 @@ def sinusoids(length, n_embd):
 
 
 def cross_entropy(logits, targets):
+    """Cross-entropy of each target, in nats: logits (N, vocab_size), targets (N,) -> (N,), 0 where
+    a target is -100. In training on a CPU, this overwrites the logits: see CrossEntropy."""
     if logits.device.type == "cpu" and torch.is_grad_enabled():
         return CrossEntropy.apply(logits, targets)
     return F.cross_entropy(logits.float(), targets, reduction="none")
@@ -343,10 +362,11 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws a token for each row of logits (B, vocab_size) -> (B,) int64.
 
     Temperature 0 takes the most likely token; otherwise one is drawn from softmax(logits /
-    temperature), restricted to the top_k most likely, then to the fewest that reach top_p.
+    temperature), restricted to the top_k most likely (None or 0: all), then to the fewest whose
+    total probability reaches top_p (None or 1: all).
     """
     logits = logits.float() / (temperature or 1)
-    if not logits.max().isfinite():  # -inf bans a token
+    if not logits.amax(-1).isfinite().all():  # -inf bans a token, but not all
         raise ValueError("logits are not finite: damaged weights or too low a temperature")
     if temperature == 0:
         return logits.argmax(-1)
@@ -357,6 +377,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     probs = F.softmax(logits, dim=-1)
     # the argmax of p / Exp(1) is a draw from p; half the time of torch.multinomial
     waits = torch.empty_like(probs).exponential_(generator=generator)
+    waits.clamp_(min=1e-30)  # on MPS some are 0, and 0 / 0 would be drawn
     drawn = (probs / waits).argmax(-1, keepdim=True)  # (B, 1)
     return (tokens.gather(-1, drawn) if top_k else drawn)[:, 0]
 
@@ -406,14 +427,16 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def pick_device(name=""):
-    """The torch.device of this name, or for "" the best available. Raises ValueError if it does
+    """The torch.device of this name, or for "" the best that works. Raises ValueError if it does
     not work."""
-    has_mps = torch.backends.mps.is_available()
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} is not available here ({error!s:.90})") from error
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    for choice in [name] if name else [*filter(found.get, found), "cpu"]:
+        try:
+            return torch.zeros(1, device=choice).device
+        except (RuntimeError, AssertionError) as error:
+            # in a virtual machine, MPS is "available" but cannot allocate memory
+            if name:
+                raise ValueError(f"device {name} is not available here ({error!s:.90})") from error
 
 
 @functools.cache
@@ -446,8 +469,9 @@ def pick_dtype(device):
 def replacing(path):
     """Opens a temporary file, which is renamed to path once it is complete."""
     temporary = pathlib.Path(f"{path}.tmp")
+    temporary.unlink(missing_ok=True)  # it may be a link to another file
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -559,6 +583,7 @@ def read_safetensors(path):
 def save_huggingface(folder, model, eos_token_id):
     """Writes model.safetensors and config.json: see load_huggingface."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)  # without it, half a model is not loaded
     config, tensors = model.config, {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_weights:

@@ -36,7 +36,7 @@ class SampleConfig:
     max_new_tokens: int = 500  # maximum tokens per sample
     temperature: float = 0.8  # below 1 favors likely tokens (0: always take the most likely)
     top_k: int = 200  # choose among the k most likely tokens (0: all)
-    top_p: float = 1.0  # of these, keep the fewest whose total probability reaches p
+    top_p: float = 1.0  # of these, keep the likeliest that together reach this probability
     seed: int = 1337  # the same seed gives the same text
     device: str = ""  # cpu, cuda, mps (default: the best available)
     dtype: str = ""  # float32, bfloat16, float16 (default: the fastest for the model's size)
@@ -203,6 +203,10 @@ def main(argv=None):
     config = SampleConfig(**vars(parser.parse_args(argv)))
     if config.num_samples < 1:
         raise ValueError(f"--num_samples={config.num_samples}: must be 1 or more")
+    if config.top_p > 1:
+        raise ValueError(f"--top_p={config.top_p}: must be from 0 to 1")
+    if config.chat and sys.stdin is None:
+        raise ValueError("--chat reads standard input, which is closed")
     prompt = config.start
     if prompt.startswith("FILE:"):
         documents = read_documents([prompt.removeprefix("FILE:")])

@@ -307,7 +307,7 @@ def test_under_autocast_each_loss_keeps_its_precision():
     head, x = torch.nn.Linear(32, 9000, bias=False), torch.randn(100, 32)
     targets = torch.randint(9000, (100,))
     with torch.autocast("cpu", torch.bfloat16):
-        losses = gpt.next_token_losses(head, x, targets)
+        losses = gpt.cross_entropy(head(x), targets)
         assert_close(losses, F.cross_entropy(head(x).float(), targets, reduction="none"))
     assert not torch.equal(losses, losses.bfloat16().float())
 
@@ -357,9 +357,10 @@ def test_greedy_sampling_takes_the_likeliest_token_and_none_where_one_is_not_fin
     logits = torch.randn(5, 20)
     for how in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0.0}):
         assert torch.equal(gpt.sample(logits, **how), logits.argmax(-1))
-    for temperature in (0, 1):
-        with pytest.raises(ValueError, match="not finite"):
-            gpt.sample(torch.tensor([[1.0, math.nan]]), temperature)
+    for bad in ([1.0, math.nan], [-math.inf, -math.inf], [math.inf, 0.0]):
+        for temperature in (0, 1):
+            with pytest.raises(ValueError, match="not finite"):
+                gpt.sample(torch.tensor([[1.0, 2.0], bad]), temperature)
 
 
 def test_a_logit_of_minus_infinity_bans_its_token():
@@ -387,6 +388,102 @@ def test_sampling_follows_the_probabilities():
     logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(20_000, 3)
     shares = gpt.sample(logits, temperature=0.5).bincount(minlength=3) / 20_000
     assert_close(shares, torch.tensor([0.01, 0.36, 0.09]) / 0.46, atol=0.02, rtol=0)
+
+
+# --- other devices, as far as a CPU can tell ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """gpt.py, taking the branches of other devices."""
+    module, path = types.ModuleType("elsewhere"), pathlib.Path(gpt.__file__)
+    source = path.read_text("utf-8").replace('device.type == "cpu"', "device is None")
+    assert source.count("device is None") >= 3
+    source = source.replace('device.type != "cpu"', "device is not None")
+    exec(compile(source, "elsewhere.py", "exec"), vars(module))
+    return module
+
+
+def test_other_devices_compute_the_same(elsewhere, monkeypatch):
+    model = tiny_model(dropout=0, attn_dropout=0)
+    other = elsewhere.GPT(elsewhere.GPTConfig(**vars(model.config)))
+    other.load_state_dict(model.state_dict())
+    idx = tokens((2, 17))
+    for some in (model, other):
+        some.train()(idx[:, :-1], idx[:, 1:]).backward()
+    for ours, theirs in zip(model.parameters(), other.parameters()):
+        assert_close(ours.grad, theirs.grad)
+    texts = [list(some.eval().generate(idx[:, :4], 30, temperature=0)) for some in (model, other)]
+    assert_equal(*texts)
+
+
+def test_two_graphs_serve_all_training(elsewhere):
+    graphs, model = [], elsewhere.GPT(elsewhere.GPTConfig(**TINY))
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for length in (16, 16, 8, 4, 12):
+        idx = tokens((4, length + 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            compiled(idx[:, :-1], idx[:, 1:]).backward()
+        model.eval(), model.train()  # as an evaluation does
+    assert len(graphs) <= 2  # one for the first length, one for any
+
+
+def test_a_step_and_a_cache_mix_no_devices_and_wait_for_none():  # on meta, both are errors
+    model, idx = tiny_model().train().to("meta"), torch.zeros(2, 16, dtype=int, device="meta")
+    model(idx, idx).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    cache = model.eval().new_cache(2, 16)
+    for start, end in [(0, 5), (5, 8), (8, 9)]:
+        model.hidden(idx[:, start:end], cache, start)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
+def test_batches_are_pinned_whole_and_only_cuda_copies_later(device, monkeypatch):
+    sent, batch = [], torch.zeros(4, 33, dtype=int)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t.is_contiguous() and t)
+    record = lambda tensor, device, non_blocking=False: sent.append(non_blocking)
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    machine = types.SimpleNamespace(device=torch.device(device))
+    train.Machine.put(machine, batch[:, :-1], batch[:, 1:])
+    assert sent == [device == "cuda"] * 2
+
+
+def test_a_device_that_cannot_allocate_is_passed_over_unless_it_is_named(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert gpt.pick_device().type == "cpu"
+    with pytest.raises(ValueError, match="mps is not available"):
+        gpt.pick_device("mps")
+
+
+def test_waits_of_zero_draw_no_banned_token(monkeypatch):
+    zero = lambda tensor, generator=None: tensor.fill_(-0.0)  # as on MPS
+    monkeypatch.setattr(torch.Tensor, "exponential_", zero)
+    assert gpt.sample(torch.tensor([[-math.inf, 0.0]])) == 1
+
+
+@pytest.mark.parametrize("capability, n_embd, compiles", [(6, 512, 0), (7, 512, 1), (9, 16, 0)])
+def test_models_are_compiled_where_that_works_and_pays(capability, n_embd, compiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(sys, "platform", "linux")
+    machine = types.SimpleNamespace(device=torch.device("cuda"))
+    model = GPT(GPTConfig(**{**TINY, "n_embd": n_embd}))
+    assert train.Machine.compiles(machine, model) == bool(compiles)
+    machine.device = torch.device("cpu")
+    assert not train.Machine.compiles(machine, model)
+
+
+def test_a_vocabulary_is_padded_on_cuda_alone():
+    meta, config = {"vocab_size": 285}, train.TrainConfig(n_embd=16, n_head=2)
+    sizes = {"cpu": 285, "cuda": 320}
+    for device, size in sizes.items():
+        model = train.make_model(config, {}, meta, None, torch.device(device))
+        assert model.config.vocab_size == size
+
+
+def test_a_run_in_float16_continues_one_in_float32(monkeypatch):
+    run_training("out", "--max_iters=1")
+    resume("out", "--max_iters=2 --dtype=float16")
 
 
 # --- text, tokens, shards -------------------------------------------------------------------------
@@ -1130,6 +1227,38 @@ def test_a_model_or_tokenizer_of_another_kind_is_refused(file, old, new, complai
     write_files({f"hf/{file}": good.replace(old, new, 1)})
     with pytest.raises(ValueError, match=complaint):
         sample.main(["--init_from=hf"])
+
+
+def test_weights_without_memory_of_their_own_are_given_some():
+    checkpoint, name = tiny_model().checkpoint(), "transformer.h.0.mlp.c_fc.weight"
+    checkpoint["model"][name] = torch.zeros(1).expand(64, 16)
+    gpt.save_checkpoint("best.pt", checkpoint)
+    model = GPT.from_pretrained("best.pt").train()
+    train.configure_optimizer(model, 1e-3, 0.1, (0.9, 0.99))
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_more_layers_than_weights_are_refused_before_they_are_built():
+    checkpoint = tiny_model().checkpoint()
+    checkpoint["config"]["n_layer"] = 10**6
+    with pytest.raises(ValueError, match="fewer weights than layers"):
+        GPT.from_checkpoint(checkpoint)
+
+
+def test_half_an_export_is_not_loaded(monkeypatch):
+    tiny_model().save_pretrained("hf")
+    monkeypatch.setattr(gpt, "write_safetensors", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiny_model(n_head=4).save_pretrained("hf")  # of the same shapes
+    with pytest.raises(OSError, match="config.json"):
+        GPT.from_pretrained("hf")
+
+
+def test_a_temporary_name_that_is_a_link_harms_no_file():
+    write_files({"thesis": "mine"})
+    os.symlink("thesis", "a.pt.tmp")
+    gpt.save_checkpoint("a.pt", {"model": 1})
+    assert pathlib.Path("thesis").read_text() == "mine" and load_checkpoint("a.pt")["model"] == 1
 
 
 def test_weights_of_a_kind_that_no_product_takes_are_refused_or_made_float32():
@@ -1914,6 +2043,7 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (sample, "gone.txt", "--start=FILE:gone.txt"),
     (sample, "--start is empty", "--surprise"),
     (sample, "must be 1 or more", "--num_samples=0"),
+    (sample, "--top_p=2.0: must be from 0 to 1", "--top_p=2"),
     (sample, "latin.txt.*iconv", "--start=FILE:latin.txt"),
     (sample, "abacus|int3.*float32", "--device=abacus", "--dtype=int3"),
     (sample, "temperature", "--temperature=1e-320"),
@@ -1954,6 +2084,9 @@ def test_scripts_end_bad_input_with_code_2_and_run_with_closed_streams_or_a_read
     subprocess.run(
         f"'{sys.executable}' {command} --max_new_tokens=9 >&- 2>&-", shell=True, check=True
     )
+    chat = f"'{sys.executable}' {command} --chat <&-"
+    closed = subprocess.run(chat, shell=True, capture_output=True, text=True)
+    assert closed.returncode == 2 and len(closed.stderr.splitlines()) == 1
     process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
     process.stdout.close()
