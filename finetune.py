@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
 from gpt import GPT, load_checkpoint, next_token_losses
-from prepare_data import ALPACA, clean, damaged, library_docstrings, position, write_file
+from prepare_data import ALPACA, clean, damaged, hash_fraction, library_docstrings, write_file
 from train import Machine, RunConfig, check_counts, format_metrics, load_run, perplexity, train
 
 
@@ -415,7 +415,7 @@ class Classify(Task):
         labels = collections.Counter(example["label"] for example in train)
         self.labels = sorted(labels) or self.start.get("labels", [])
         if self.config.balance and train:
-            train.sort(key=lambda example: position(example["text"]))
+            train.sort(key=lambda example: hash_fraction(example["text"]))
             by_label = [[e for e in train if e["label"] == label] for label in labels]
             self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
         self.add_head(len(self.labels), std=0.02)
@@ -750,7 +750,7 @@ def manual_texts():
     """Yields (where, row): docstrings of Python's library, labeled with the package that they are
     from, for the eight packages with the most docstrings, up to 300 of each."""
     found = collections.defaultdict(list)  # package -> [(module, docstring)]
-    for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[1])):
+    for module, title, text in sorted(library_docstrings(), key=lambda e: hash_fraction(e[1])):
         if "." in module and clean(text):
             found[module.split(".")[0]].append((module, text))
     for label in sorted(found, key=lambda label: len(found[label]), reverse=True)[:8]:
@@ -762,7 +762,7 @@ def manual_answers():
     """Yields (where, row): "Explain NAME(ARGUMENTS).", with the first sentence of its docstring as
     the answer. The rejected answer explains something else, mostly of a module nearby."""
     explained = []
-    for module, title, text in sorted(library_docstrings(), key=lambda entry: position(entry[0])):
+    for module, title, text in sorted(library_docstrings(), key=lambda e: hash_fraction(e[0])):
         paragraph = " ".join(clean(text).split("\n\n")[0].split())
         sentence = re.match(r".*?[.!?](?= |$)|.*", paragraph)[0]
         if "._" not in title.split("(")[0] and 20 <= len(sentence) <= 200 and len(title) <= 100:
@@ -777,7 +777,7 @@ def split_of(group, config):
     the same rule, prepare_data.py holds out the modules of the default examples."""
     if config.eval_only and config.data:
         return "test"
-    place = position(group)
+    place = hash_fraction(group)
     if place < 0.1 and not config.val:
         return "val"
     return "test" if 0.1 <= place < 0.2 and not config.test else "train"
@@ -920,7 +920,7 @@ def check(config):
 
 
 def main(argv=None):
-    flags = vars(prepare_data.flag_parser(FinetuneConfig, __doc__).parse_args(argv))
+    flags = vars(prepare_data.flag_parser(FinetuneConfig(), __doc__).parse_args(argv))
     config, saved = settings(flags), None
     if config.init_from == "resume":
         config, saved = load_run(FinetuneConfig, {**flags, "out_dir": config.out_dir})

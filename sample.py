@@ -199,7 +199,7 @@ def print_surprise(model, tokenizer, text):
 
 
 def main(argv=None):
-    parser = prepare_data.flag_parser(SampleConfig, __doc__)
+    parser = prepare_data.flag_parser(SampleConfig(), __doc__)
     config = SampleConfig(**vars(parser.parse_args(argv)))
     if config.num_samples < 1:
         raise ValueError(f"--num_samples={config.num_samples}: must be 1 or more")

@@ -3,14 +3,17 @@
 python -m pytest -q
 """
 
+import ast
 import contextlib
 import csv
 import doctest
 import functools
 import http.server
+import inspect
 import io
 import itertools
 import json
+import linecache
 import math
 import os
 import pathlib
@@ -22,6 +25,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import unicodedata
 
 import numpy as np
 import pytest
@@ -425,6 +430,19 @@ def test_bpe_encode_is_what_tiktoken_does_and_any_text_comes_back_without_specia
     assert ids == [len(ranks) + i for i in range(4)]
 
 
+def copied(module, *names):
+    """What these definitions, and nothing else but imports, make of an empty namespace."""
+    tree, namespace = ast.parse(inspect.getsource(module)), {}
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    found = [
+        n
+        for n in tree.body
+        if getattr(getattr(n, "targets", [n])[0], "id", getattr(n, "name", 0)) in names
+    ]
+    exec(compile(ast.Module(imports + found, []), "copied", "exec"), namespace)  # noqa: S102
+    return namespace
+
+
 @pytest.mark.parametrize("space", [" ", "，"])  # Chinese has no spaces, and is cut, too
 def test_a_text_encoded_in_parts_gives_the_tokens_of_the_whole(space):
     pieces = ["word", space, space * 2, "_", "don't", "12", "é", "漢", "!"]
@@ -433,6 +451,31 @@ def test_a_text_encoded_in_parts_gives_the_tokens_of_the_whole(space):
     parts = list(prepare_data.cut(text, 100))
     assert "".join(parts) == text and len(parts) > 50
     assert list(itertools.chain(*map(encode, parts))) == encode(text)
+
+
+@pytest.mark.parametrize("text", [f"word{' ' * 10**6}word", "\n=" * 10**5 + "漢" * 10**6])
+def test_a_text_without_words_is_encoded_in_parts_too(text):
+    encode = build_tokenizer(bpe_spec(train_bpe([story(100)], 280))).encode_ordinary
+    parts = list(prepare_data.cut(text))
+    assert "".join(parts) == text and max(map(len, parts)) <= 2**17
+    assert list(map(len, map(encode, parts)))  # a million spaces at once are too many for tiktoken
+
+
+def test_copied_alone_the_bpe_and_its_tokenizer_work():
+    names = "SPLIT WORD_END END_OF_TEXT ROLES cut count_pieces train_bpe bpe_spec damaged"
+    code = copied(prepare_data, *names.split(), "build_tokenizer")
+    tokenizer = code["build_tokenizer"](code["bpe_spec"](code["train_bpe"]([story(99)], 270)))
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat" and tokenizer.n_vocab == 274
+
+
+def test_time_is_linear_in_the_length_of_one_word_or_of_the_accents_on_one_letter():
+    start = time.monotonic()
+    train_bpe(["".join(random.Random(0).choices("ACGT", k=100_000))], 300)
+    text = clean("e" + "\u0301\u0316" * 50_000 + "\n")
+    assert text[0] == "é" and 20 < len(text) <= 30 and clean(text) == text
+    assert time.monotonic() - start < 4
+    zalgo = "Z" + "\u0316" * 14 + "\u0301" * 15  # in the order of NFC
+    assert clean(zalgo) == unicodedata.normalize("NFC", zalgo)
 
 
 def test_clean_text_has_no_controls_no_spaces_at_line_ends_and_is_clean():
@@ -459,8 +502,20 @@ def test_tokens_that_are_no_characters_or_missing_have_labels():
     ]
 
 
+def test_text_without_spaces_is_cut_nine_to_one():
+    text = "标题\n" + "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
+    sizes = {name: split["bytes"] for name, split in prepare("data", text)["splits"].items()}
+    assert sizes["val"] / sum(sizes.values()) == pytest.approx(0.1, rel=0.01)
+
+
 def documents_of(*inputs, **how):
     return [clean(text) for _, text in prepare_data.read_documents(inputs, **how)]
+
+
+def test_an_empty_name_is_not_the_current_folder():
+    write_files({"secret.txt": "x"})
+    with pytest.raises(ValueError, match="an empty name: no such file"):
+        documents_of("")
 
 
 def test_every_kind_of_file_gives_its_documents():
@@ -495,14 +550,15 @@ def test_documents_that_cannot_be_read_are_skipped_counted_and_named(capsys):
         "c.jsonl": '{"text": null}\n{"text"\n{"text": "fine"}',
         "d.png": b"\x89PNG\0",
         "e.json": "[" * 100_000,
+        "f.html": f"<p>&#{'9' * 5000};<|endoftext|><p>page",
     }
     write_files(files, "mixed")
     prepare_data.main(["mixed", "--out=data"])
-    report = "read 5 files; skipped 5 .* the first: .*a.txt, document at byte 18"
+    report = "read 6 files\nskipped 6 .* the first: .*a.txt, document at byte 18.*iconv"
     assert re.search(report, capsys.readouterr().out)
     found = documents_in(prepare_data.open_data("data"))
     assert found["train"].pop(0) + found["val"].pop(0) == clean(story(300))
-    assert sorted(found["train"] + found["val"]) == ["fine", "whole"]
+    assert sorted(found["train"] + found["val"]) == ["fine", "page", "whole"]
 
 
 def test_a_page_is_downloaded_once_and_kept():
@@ -559,9 +615,8 @@ def test_the_bpe_is_trained_on_a_sample_spread_over_the_training_text(monkeypatc
     assert 0.75 < len("".join(counted)) / 1e6 / 0.9 < 1.25  # a tenth is held out
     assert set(counted) <= set(documents_in(meta)["train"])
     assert set(counted) & set(texts[:100]) and set(counted) & set(texts[200:])
-    documents = [
-        ("train", text) for text in map(str, range(9000)) if prepare_data.position(text) >= 0.1
-    ]
+    is_train = lambda text: prepare_data.hash_fraction(text) >= prepare_data.HELD_OUT
+    documents = [("train", text) for text in filter(is_train, map(str, range(9000)))]
     counted.clear()
     prepare_data.train_tokenizer(documents, 2e8, prepare_data.PrepareConfig())
     assert 0.04 < len(counted) / len(documents) < 0.06
@@ -573,7 +628,7 @@ def test_a_vocabulary_above_65536_takes_four_bytes_a_token(n, dtype):
     meta = json.loads(pathlib.Path("wide/meta.json").read_bytes())
     spec = {**meta["tokenizer"], "special_tokens": ["<|endoftext|>"]}
     spec["tokens"] += [f"{i:06}" for i in range(n - 1 - len(spec["tokens"]))]
-    write_files({"wide/meta.json": json.dumps({**meta, "tokenizer": spec})})
+    write_files({"wide/meta.json": json.dumps({**meta, "tokenizer": spec, "vocab_size": n})})
     (shard,) = prepare("data", story(300), "--tokenizer=wide")["splits"]["val"]["arrays"]
     assert shard.dtype == dtype and shard[-1] == n - 1
 
@@ -585,8 +640,10 @@ def test_preparing_anew_replaces_its_own_files_and_no_others(monkeypatch):
     inode, meta = os.stat("data").st_ino, pathlib.Path("data/meta.json")
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, "SHARD_TOKENS", 100)
-        assert len(prepare("data", story(2000))["splits"]["train"]["shards"]) > 1
-    meta.write_text(meta.read_text().replace('["train_00000', '["../train_00000'))
+        text = "<|endoftext|>".join(story(100, seed=i) for i in range(9))
+        assert len(prepare("data", text)["splits"]["train"]["shards"]) > 1
+    listed = '["train_00000.npy"'
+    meta.write_text(meta.read_text().replace(listed, f'["../train_00000.npy", {listed[1:]}'))
     with pytest.raises(ValueError, match="invalid shard names"):
         prepare_data.open_data("data")
     prepare("data", story(300))
@@ -598,9 +655,23 @@ def test_preparing_anew_replaces_its_own_files_and_no_others(monkeypatch):
     assert set(os.listdir("data")) == ours | others
 
 
+def test_files_behind_links_and_shards_of_others_are_left_alone(capsys):
+    names = ["data/mine.npy.tmp", "data/train_00000.npy.tmp", "thesis.txt"]
+    write_files({**dict.fromkeys(names, "mine"), "data/val_00007.npy": "mine"})
+    for name in ("data/.lock", "data/meta.json.tmp", "data/val_00000.npy.tmp"):
+        os.symlink(os.path.abspath("thesis.txt"), name)
+    with pytest.raises(ValueError, match="val_00007.npy is not in meta.json: delete it"):
+        prepare("data", story(300))
+    os.remove("data/val_00007.npy")
+    for _ in range(2):
+        prepare("data", story(300))
+    assert {pathlib.Path(name).read_text() for name in names} == {"mine"}
+    assert not os.path.exists("data/.new")
+
+
 def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch):
     def before_each_operation(event, args):
-        left[0] -= event in ("os.rename", "os.remove")
+        left[0] -= event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
         if left[0] < 0:
             raise KeyboardInterrupt
 
@@ -618,9 +689,38 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
         was_killed, left[0] = left[0] < 0, math.inf
         try:
             assert documents_in(prepare_data.open_data("data")) in whole
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             assert "prepare_data.py" in str(error)
-    assert n > 6
+    assert n > 12
+
+
+def test_what_meta_json_lacks_or_gets_wrong_is_reported_at_once(monkeypatch):
+    meta = json.loads(pathlib.Path("prepared/meta.json").read_bytes())
+    wrong = [{k: v for k, v in meta.items() if k != key} for key in meta]
+    wrong += [{**meta, "tokenizer": spec} for spec in (5, {}, {"name": "gpt9"}, {"name": "bpe"})]
+    wrong += [{**meta, "vocab_size": meta["vocab_size"] + n} for n in (-1, 1)]
+    shutil.copytree("prepared", "data")
+    for meta_now in wrong:
+        write_files({"data/meta.json": json.dumps(meta_now)})
+        with pytest.raises(ValueError, match="data .run prepare_data.py again"):
+            prepare_data.open_data("data")
+    monkeypatch.setattr("tiktoken.get_encoding", None)  # it may need the network
+    write_files({"data/meta.json": json.dumps({**meta, "tokenizer": {"name": "gpt2"}})})
+    prepare_data.open_data("data")
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(monkeypatch):
+    whole = documents_in(prepare("data", story(300)))
+
+    def full(path, shard):
+        pathlib.Path(path).write_bytes(b"half")
+        raise OSError("1000 requested and 4 written")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="^data: 1000 requested"):
+        patch.setattr(np, "save", full)
+        prepare("data", story(500))
+    assert documents_in(prepare_data.open_data("data")) == whole
+    assert not os.path.exists("data/.new")
 
 
 def test_the_default_data_is_made_only_in_an_empty_place(monkeypatch):
@@ -906,8 +1006,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
     checkpoint, model = load_checkpoint("base"), GPT.from_pretrained("base")
     model.resize(vocab_size=100)
     gpt.save_checkpoint("best.pt", {**checkpoint, **model.checkpoint()})
-    with pytest.raises(ValueError, match="best.pt has 100 tokens, too few"):
+    with pytest.raises(ValueError, match="best.pt.*284 tokens in its tokenizer, fewer in"):
         sample.main(["--init_from=best.pt"])
+
+
+@pytest.mark.parametrize(
+    "config, complaint", [(None, "no complete model.*best.pt"), (5, "damaged")]
+)
+def test_a_checkpoint_without_a_shape_is_refused(config, complaint):
+    checkpoint = load_checkpoint("base")
+    gpt.save_checkpoint("last.pt", {**checkpoint, "config": config} if config else {"model": {}})
+    with pytest.raises(ValueError, match=f"last.pt.*{complaint}"):
+        sample.main(["--init_from=last.pt"])
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_complete(capsys, monkeypatch):
@@ -1177,7 +1287,7 @@ def run_finetune(name, flags="", rows=None):
 
 def make_task(name, flags="", rows=None):
     """A task as finetune.py makes it, ready to train."""
-    parser = prepare_data.flag_parser(finetune.FinetuneConfig, "")
+    parser = prepare_data.flag_parser(finetune.FinetuneConfig(), "")
     flags = parser.parse_args(finetune_flags(name, f"--out_dir=new {flags}", rows))
     config = finetune.settings(vars(flags))
     task = finetune.TASKS[name](config, train.Machine(config), load_checkpoint(config.init_from))
@@ -1642,7 +1752,7 @@ CONFIGS = [prepare_data.PrepareConfig, train.TrainConfig, finetune.FinetuneConfi
 
 @pytest.mark.parametrize("config_class", [*CONFIGS, sample.SampleConfig])
 def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
-    parser = prepare_data.flag_parser(config_class, "")
+    parser = prepare_data.flag_parser(config_class(), "")
     text = parser.format_help()
     for name, default in vars(config_class()).items():
         assert re.search(rf"--{name} [^-]*[a-z]{{3}}", text)
@@ -1652,6 +1762,8 @@ def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
             (parsed,) = vars(parser.parse_args([f"--{name}{form}"])).values()
             assert parsed == value and type(parsed) is kind
     assert vars(parser.parse_args([])) == {}
+    help_of = lambda config: " ".join(prepare_data.flag_parser(config, "").format_help().split())
+    assert "(default: 777)" in help_of(train.TrainConfig(max_iters=777))
 
 
 LARGE = "9" * 400
@@ -1668,6 +1780,8 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (prepare_data, "meta.json", "other.txt --out=object", "other.txt --out=list"),
     (prepare_data, "meta.json", "other.txt --out=words"),
     (prepare_data, "another run", "other.txt --out=locked"),
+    (prepare_data, "FLAG=100: must be 256 or more", "--vocab_size=100"),
+    (prepare_data, "FLAG=0: must be 1 or more", "--bpe_sample_mb=0", "--min_chars=0"),
     (train, "another run", "--out_dir=locked"),
     (train, "", f"--seed={LARGE}", f"--max_iters={LARGE}", "--n_embd=10000000"),
     (train, "argument FLAG: invalid", "--compile=", "--n_layer=two", "--learning_rate=nan"),
@@ -1734,6 +1848,7 @@ def test_the_impossible_is_refused_and_changes_no_file(script, says, flags, caps
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(says.replace("FLAG", flags.partition("=")[0]), line)
+    assert re.search(r" error: argument | \(\w+\.py:\d+\)$", line)
     assert files() == before
 
 
@@ -1750,6 +1865,56 @@ def test_scripts_end_bad_input_with_code_2_and_run_with_closed_streams_or_a_read
     process.stdout.read(1)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_the_line_ends_with_the_place_where_reading_failed(capsys):
+    shutil.copytree("prepared", "data")
+    write_files({"data/meta.json": "[]"})
+    with pytest.raises(SystemExit):
+        prepare_data.script(lambda: prepare_data.open_data("data"))
+    place = re.search(r"TypeError.* \(prepare_data.py:(\d+)\)$", capsys.readouterr().err)
+    assert 'meta["format"]' in linecache.getline(prepare_data.__file__, int(place[1]))
+
+    def fail_in_a_library():
+        try:
+            json.loads("{")
+        except ValueError as error:
+            error.__cause__ = OSError()  # which has not passed through our code
+            raise ValueError("bad") from error
+
+    with pytest.raises(SystemExit):
+        prepare_data.script(fail_in_a_library)
+    assert re.search(r": bad \(test_gpt.py:\d+\)$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "error, is_line",
+    [
+        *((kind("x"), False) for kind in (KeyError, IndexError, TypeError, AttributeError)),
+        *((kind("x"), False) for kind in (AssertionError, RuntimeError, NotImplementedError)),
+        *((kind("x"), True) for kind in (ValueError, MemoryError, OverflowError, OSError)),
+        (RuntimeError("CUDA out of memory"), True),
+    ],
+)
+def test_a_mistake_in_the_code_keeps_its_traceback(error, is_line):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit if is_line else type(error)):
+        prepare_data.script(fail)
+
+
+def test_under_python_dev_everything_keeps_its_traceback():
+    process = start("-X dev -m train --data=nowhere", stderr=subprocess.PIPE)
+    error = process.communicate(timeout=60)[1]
+    assert "Traceback" in error and "FileNotFoundError: --data=nowhere" in error
+
+
+def test_notebooks_and_file_systems_without_locks_do_no_harm(monkeypatch):
+    streams = types.SimpleNamespace(write=len, flush=int)
+    monkeypatch.setattr(sys, "stdout", streams)
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "ENOSYS")))
+    prepare_data.script(prepare_data.lock("folder").close)
 
 
 def test_a_checkpoint_is_read_without_running_code_and_replaced_only_by_a_whole_one(monkeypatch):

@@ -518,7 +518,7 @@ def make_model(config, flags, meta, saved):
 
 
 def main(argv=None):
-    flags = vars(flag_parser(TrainConfig, __doc__).parse_args(argv))
+    flags = vars(flag_parser(TrainConfig(), __doc__).parse_args(argv))
     config, saved = TrainConfig(**flags), None
     if config.init_from == "resume":
         config, saved = load_run(TrainConfig, {"out_dir": config.out_dir, **flags})
