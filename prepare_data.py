@@ -535,7 +535,7 @@ def load_tokenizer(checkpoint, path):
 # --- the data folder ------------------------------------------------------------------------------
 
 
-def encode_all(documents, tokenizer, ahead=256):
+def encode_all(documents, tokenizer):
     """Yields (split, part, tokens, is_last) for each part of each document; tokens is a future.
     Threads encode the next parts meanwhile: tiktoken's Rust does not hold Python's lock."""
     encode = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
@@ -543,9 +543,9 @@ def encode_all(documents, tokenizer, ahead=256):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for split, text in documents:
             *parts, last = cut(text)
-            for part in (*parts, last):
-                queue.append((split, part, pool.submit(encode, part), part is last))
-            while len(queue) > ahead:
+            queue += ((split, part, pool.submit(encode, part), False) for part in parts)
+            queue.append((split, last, pool.submit(encode, last), True))
+            while len(queue) > 256:
                 yield queue.popleft()
         yield from queue
 
@@ -556,6 +556,7 @@ def write_shards(documents, tokenizer, folder):
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
+    end = np.array([tokenizer.eot_token], dtype)
 
     def flush(split):
         shard, names = np.concatenate(waiting[split]), splits[split]["shards"]
@@ -564,16 +565,14 @@ def write_shards(documents, tokenizer, folder):
         digest.update(shard)
         waiting[split] = []
 
-    for split, text, tokens, is_last in encode_all(documents, tokenizer):
-        waiting[split].append(tokens.result().astype(dtype))
-        if is_last:
-            waiting[split].append(np.array([tokenizer.eot_token], dtype))
-        stats = splits[split]
-        stats["tokens"] += len(tokens.result()) + is_last
+    for split, text, future, is_last in encode_all(documents, tokenizer):
+        tokens, stats = future.result().astype(dtype), splits[split]
+        waiting[split] += [tokens, end] if is_last else [tokens]
+        stats["tokens"] += len(tokens) + is_last
         stats["bytes"] += len(text.encode())
         stats["documents"] += is_last
         if stats["tokens"] >= SHARD_TOKENS * (len(stats["shards"]) + 1):
-            print(f"encoded {stats['tokens']:,} tokens")
+            print(f"{split}: {stats['tokens']:,} tokens so far")
             flush(split)
     for split in splits:
         if waiting[split]:
@@ -670,8 +669,8 @@ def prepare(inputs, config):
         spec = {"name": config.tokenizer}
     tokenizer = build_tokenizer(spec)
     documents = split_documents(files, config, skipped.append, dropped)
-    new = folder / ".new"
-    shutil.rmtree(new, ignore_errors=True)  # a killed run's
+    new = folder / ".prepare_data"
+    shutil.rmtree(new, ignore_errors=True)  # of a killed run
     new.mkdir()
     try:
         meta = write_shards(documents, tokenizer, new)
@@ -774,8 +773,8 @@ def place_of(error):
         frames += traceback.extract_tb(error.__traceback__)
         error = error.__cause__
     here = os.path.dirname(__file__)
-    *_, last = (frame for frame in frames if os.path.dirname(frame.filename) == here)
-    return f"{os.path.basename(last.filename)}:{last.lineno}"
+    ours = [frame for frame in frames if os.path.dirname(frame.filename) == here]
+    return f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}"
 
 
 def lock(folder):

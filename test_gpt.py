@@ -432,15 +432,20 @@ def test_bpe_encode_is_what_tiktoken_does_and_any_text_comes_back_without_specia
 
 def copied(module, *names):
     """What these definitions, and nothing else but imports, make of an empty namespace."""
-    tree, namespace = ast.parse(inspect.getsource(module)), {}
-    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    found = [
-        n
-        for n in tree.body
-        if getattr(getattr(n, "targets", [n])[0], "id", getattr(n, "name", 0)) in names
-    ]
-    exec(compile(ast.Module(imports + found, []), "copied", "exec"), namespace)  # noqa: S102
+    namespace = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        is_value = isinstance(node, ast.Assign)
+        name = node.targets[0].id if is_value else getattr(node, "name", "")
+        if name in names or isinstance(node, (ast.Import, ast.ImportFrom)):
+            exec(ast.unparse(node), namespace)  # noqa: S102
     return namespace
+
+
+def test_the_bpe_and_its_tokenizer_can_be_copied():
+    names = "SPLIT WORD_END END_OF_TEXT ROLES cut count_pieces train_bpe bpe_spec damaged"
+    code = copied(prepare_data, *names.split(), "build_tokenizer")
+    tokenizer = code["build_tokenizer"](code["bpe_spec"](code["train_bpe"]([story(99)], 270)))
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat" and tokenizer.n_vocab == 274
 
 
 @pytest.mark.parametrize("space", [" ", "，"])  # Chinese has no spaces, and is cut, too
@@ -454,18 +459,11 @@ def test_a_text_encoded_in_parts_gives_the_tokens_of_the_whole(space):
 
 
 @pytest.mark.parametrize("text", [f"word{' ' * 10**6}word", "\n=" * 10**5 + "漢" * 10**6])
-def test_a_text_without_words_is_encoded_in_parts_too(text):
+def test_a_text_with_a_long_piece_is_encoded_in_parts_too(text):
     encode = build_tokenizer(bpe_spec(train_bpe([story(100)], 280))).encode_ordinary
     parts = list(prepare_data.cut(text))
     assert "".join(parts) == text and max(map(len, parts)) <= 2**17
-    assert list(map(len, map(encode, parts)))  # a million spaces at once are too many for tiktoken
-
-
-def test_copied_alone_the_bpe_and_its_tokenizer_work():
-    names = "SPLIT WORD_END END_OF_TEXT ROLES cut count_pieces train_bpe bpe_spec damaged"
-    code = copied(prepare_data, *names.split(), "build_tokenizer")
-    tokenizer = code["build_tokenizer"](code["bpe_spec"](code["train_bpe"]([story(99)], 270)))
-    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat" and tokenizer.n_vocab == 274
+    assert all(map(encode, parts))  # tiktoken fails at a million spaces
 
 
 def test_time_is_linear_in_the_length_of_one_word_or_of_the_accents_on_one_letter():
@@ -508,14 +506,12 @@ def test_text_without_spaces_is_cut_nine_to_one():
     assert sizes["val"] / sum(sizes.values()) == pytest.approx(0.1, rel=0.01)
 
 
+def fail(error):
+    raise error
+
+
 def documents_of(*inputs, **how):
     return [clean(text) for _, text in prepare_data.read_documents(inputs, **how)]
-
-
-def test_an_empty_name_is_not_the_current_folder():
-    write_files({"secret.txt": "x"})
-    with pytest.raises(ValueError, match="an empty name: no such file"):
-        documents_of("")
 
 
 def test_every_kind_of_file_gives_its_documents():
@@ -535,6 +531,8 @@ def test_every_kind_of_file_gives_its_documents():
     os.mkfifo("a/pipe")
     expected = ["zero", "one", "two", "three", "four", "five", "six", "seven é xy\n\n z", "eight"]
     assert documents_of("b.txt", "a") == [*expected, "nine", "ten"]
+    with pytest.raises(ValueError, match="an empty name"):  # not the current folder
+        documents_of("")
 
 
 @pytest.mark.parametrize("before", range(2**20 - 6, 2**20 + 1))  # a file is read in blocks of 2**20
@@ -543,7 +541,7 @@ def test_a_separator_divides_a_file_wherever_its_blocks_end(before):
     assert documents_of("a.txt", separator="<|x|>") == ["x" * before, "twö <|x", "", "three"]
 
 
-def test_documents_that_cannot_be_read_are_skipped_counted_and_named(capsys):
+def test_documents_that_cannot_be_read_are_skipped_counted_and_named(capsys, monkeypatch):
     files = {
         "0.txt": story(300),
         "a.txt": "whole<|endoftext|>café".encode("latin-1"),
@@ -551,10 +549,14 @@ def test_documents_that_cannot_be_read_are_skipped_counted_and_named(capsys):
         "d.png": b"\x89PNG\0",
         "e.json": "[" * 100_000,
         "f.html": f"<p>&#{'9' * 5000};<|endoftext|><p>page",
+        "g.txt": "not yours",
     }
     write_files(files, "mixed")
+    read, error = prepare_data.split_file, OSError(13, "Permission denied")
+    read_some = lambda path, mark: fail(error) if path.name == "g.txt" else read(path, mark)
+    monkeypatch.setattr(prepare_data, "split_file", read_some)
     prepare_data.main(["mixed", "--out=data"])
-    report = "read 6 files\nskipped 6 .* the first: .*a.txt, document at byte 18.*iconv"
+    report = "read 7 files\nskipped 7 .* the first: .*a.txt, document at byte 18.*iconv"
     assert re.search(report, capsys.readouterr().out)
     found = documents_in(prepare_data.open_data("data"))
     assert found["train"].pop(0) + found["val"].pop(0) == clean(story(300))
@@ -655,7 +657,7 @@ def test_preparing_anew_replaces_its_own_files_and_no_others(monkeypatch):
     assert set(os.listdir("data")) == ours | others
 
 
-def test_files_behind_links_and_shards_of_others_are_left_alone(capsys):
+def test_files_behind_links_and_shards_of_others_are_left_alone():
     names = ["data/mine.npy.tmp", "data/train_00000.npy.tmp", "thesis.txt"]
     write_files({**dict.fromkeys(names, "mine"), "data/val_00007.npy": "mine"})
     for name in ("data/.lock", "data/meta.json.tmp", "data/val_00000.npy.tmp"):
@@ -666,7 +668,7 @@ def test_files_behind_links_and_shards_of_others_are_left_alone(capsys):
     for _ in range(2):
         prepare("data", story(300))
     assert {pathlib.Path(name).read_text() for name in names} == {"mine"}
-    assert not os.path.exists("data/.new")
+    assert not os.path.exists("data/.prepare_data")
 
 
 def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch):
@@ -694,6 +696,14 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
     assert n > 12
 
 
+def test_an_alpaca_prompt_announces_an_input_where_there_is_one():
+    tokenizer = build_tokenizer(prepare_data.open_data("prepared")["tokenizer"])
+    for question, has_input in {"add\n\n### Input:\n1 2": True, "add 1 2": False}.items():
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.decode(prepare_data.chat_prompt(messages, tokenizer, "alpaca"))
+        assert ("paired with an input" in prompt) == has_input
+
+
 def test_what_meta_json_lacks_or_gets_wrong_is_reported_at_once(monkeypatch):
     meta = json.loads(pathlib.Path("prepared/meta.json").read_bytes())
     wrong = [{k: v for k, v in meta.items() if k != key} for key in meta]
@@ -710,17 +720,12 @@ def test_what_meta_json_lacks_or_gets_wrong_is_reported_at_once(monkeypatch):
 
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(monkeypatch):
-    whole = documents_in(prepare("data", story(300)))
-
-    def full(path, shard):
-        pathlib.Path(path).write_bytes(b"half")
-        raise OSError("1000 requested and 4 written")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="^data: 1000 requested"):
-        patch.setattr(np, "save", full)
+    whole, words = documents_in(prepare("data", story(300))), "1000 requested and 4 written"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"^data: {words}"):
+        patch.setattr(np, "save", lambda path, shard: path.touch() or fail(OSError(words)))
         prepare("data", story(500))
     assert documents_in(prepare_data.open_data("data")) == whole
-    assert not os.path.exists("data/.new")
+    assert not os.path.exists("data/.prepare_data")
 
 
 def test_the_default_data_is_made_only_in_an_empty_place(monkeypatch):
@@ -1010,12 +1015,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
         sample.main(["--init_from=best.pt"])
 
 
-@pytest.mark.parametrize(
-    "config, complaint", [(None, "no complete model.*best.pt"), (5, "damaged")]
-)
+@pytest.mark.parametrize("config, complaint", [({}, "use the best.pt"), ({"config": 5}, "damaged")])
 def test_a_checkpoint_without_a_shape_is_refused(config, complaint):
-    checkpoint = load_checkpoint("base")
-    gpt.save_checkpoint("last.pt", {**checkpoint, "config": config} if config else {"model": {}})
+    gpt.save_checkpoint("last.pt", {"tokenizer": load_checkpoint("base")["tokenizer"], **config})
     with pytest.raises(ValueError, match=f"last.pt.*{complaint}"):
         sample.main(["--init_from=last.pt"])
 
@@ -1857,6 +1859,8 @@ def test_scripts_end_bad_input_with_code_2_and_run_with_closed_streams_or_a_read
         process = start(command, stderr=subprocess.PIPE)
         (line,) = process.communicate(timeout=60)[1].splitlines()
         assert "nowhere" in line and process.returncode == 2
+    process = start("-X dev -m train --data=nowhere", stderr=subprocess.PIPE)
+    assert re.search("(?s)Traceback.*Error: --data=nowhere", process.communicate(timeout=60)[1])
     command = "-m sample --init_from=base --max_new_tokens=3000 --temperature=2 --top_k=0"
     subprocess.run(
         f"'{sys.executable}' {command} --max_new_tokens=9 >&- 2>&-", shell=True, check=True
@@ -1868,52 +1872,31 @@ def test_scripts_end_bad_input_with_code_2_and_run_with_closed_streams_or_a_read
 
 
 def test_the_line_ends_with_the_place_where_reading_failed(capsys):
-    shutil.copytree("prepared", "data")
     write_files({"data/meta.json": "[]"})
     with pytest.raises(SystemExit):
         prepare_data.script(lambda: prepare_data.open_data("data"))
     place = re.search(r"TypeError.* \(prepare_data.py:(\d+)\)$", capsys.readouterr().err)
     assert 'meta["format"]' in linecache.getline(prepare_data.__file__, int(place[1]))
-
-    def fail_in_a_library():
-        try:
-            json.loads("{")
-        except ValueError as error:
-            error.__cause__ = OSError()  # which has not passed through our code
-            raise ValueError("bad") from error
-
+    error = ValueError("bad")
+    error.__cause__ = OSError()  # which a library caught, so that none of our lines is in it
     with pytest.raises(SystemExit):
-        prepare_data.script(fail_in_a_library)
+        prepare_data.script(lambda: fail(error))
     assert re.search(r": bad \(test_gpt.py:\d+\)$", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(
-    "error, is_line",
-    [
-        *((kind("x"), False) for kind in (KeyError, IndexError, TypeError, AttributeError)),
-        *((kind("x"), False) for kind in (AssertionError, RuntimeError, NotImplementedError)),
-        *((kind("x"), True) for kind in (ValueError, MemoryError, OverflowError, OSError)),
-        (RuntimeError("CUDA out of memory"), True),
-    ],
-)
-def test_a_mistake_in_the_code_keeps_its_traceback(error, is_line):
-    def fail():
-        raise error
-
-    with pytest.raises(SystemExit if is_line else type(error)):
-        prepare_data.script(fail)
+MISTAKES = [KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError]
+ACCIDENTS = [ValueError, MemoryError, OverflowError, OSError, torch.OutOfMemoryError]
 
 
-def test_under_python_dev_everything_keeps_its_traceback():
-    process = start("-X dev -m train --data=nowhere", stderr=subprocess.PIPE)
-    error = process.communicate(timeout=60)[1]
-    assert "Traceback" in error and "FileNotFoundError: --data=nowhere" in error
+@pytest.mark.parametrize("kind", [*MISTAKES, RuntimeError, *ACCIDENTS])
+def test_a_mistake_in_the_code_keeps_its_traceback(kind):
+    with pytest.raises(SystemExit if kind in ACCIDENTS else kind):
+        prepare_data.script(lambda: fail(kind("out of memory" if kind in ACCIDENTS else "")))
 
 
 def test_notebooks_and_file_systems_without_locks_do_no_harm(monkeypatch):
-    streams = types.SimpleNamespace(write=len, flush=int)
-    monkeypatch.setattr(sys, "stdout", streams)
-    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(38, "ENOSYS")))
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=len, flush=int))
+    monkeypatch.setattr("fcntl.flock", lambda *_: fail(OSError(38, "ENOSYS")))
     prepare_data.script(prepare_data.lock("folder").close)
 
 
