@@ -42,7 +42,7 @@ END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat; unused before fine-tuning
 SHARD_TOKENS = 50_000_000  # per shard, approximately
 SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
-HELD_OUT = 0.1  # the share of the text that goes to val; finetune.py's test split is as large
+HELD_OUT = 0.1  # the share of the text that goes to val; in finetune.py as much again goes to test
 
 
 @dataclass
@@ -203,10 +203,10 @@ def clean(text):
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
     """
-    # all but the tab and the line endings, which are those of splitlines()
+    # control characters, but not the tab and what splitlines() takes for the end of a line
     text = re.sub(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff]", "", text)
     if not text.isascii():
-        # of accents on one letter, the first 30, Unicode's own limit: to sort n takes n**2 steps
+        # at most 30 marks on a letter, as in Unicode's UAX #15: to sort n of them takes n**2 steps
         text = unicodedata.normalize("NFC", regex.sub(r"(\p{M}{30})\p{M}+", r"\1", text))
     text = "\n".join([line.rstrip(" \t") for line in text.splitlines()])
     while "\n\n\n" in text:
@@ -258,7 +258,7 @@ def hash_fraction(key):
 def split_documents(files, config, skip, dropped):
     """Yields (split, text) of every distinct document, cleaned. Its hash decides the split, but a
     document longer than 1/200 of the input is cut, and its last tenth is val. The manual is split
-    by module: val are those of finetune.py's val and test. dropped counts what is left out."""
+    by module, as in finetune.py, whose test split is in val here. dropped counts the rest."""
     large = sum(path.stat().st_size for path in files) / 200
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # the hashes of all documents so far, 83 bytes each
@@ -340,7 +340,7 @@ def train_bpe(texts, vocab_size):
         new = chr(len(tokens))  # N below, where x and y are its neighbors
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
         new_pairs = collections.defaultdict(list)  # and the pieces that contain them
-        for i in set(pieces_with.pop(pair)):  # some have lost it
+        for i in [i for i in dict.fromkeys(pieces_with.pop(pair)) if pair in pieces[i]]:
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
             changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]  # xN
@@ -537,7 +537,7 @@ def load_tokenizer(checkpoint, path):
 
 def encode_all(documents, tokenizer):
     """Yields (split, part, tokens, is_last) for each part of each document; tokens is a future.
-    Threads encode the next parts meanwhile: tiktoken's Rust does not hold Python's lock."""
+    Threads encode the parts that follow, all at once, since tiktoken releases Python's lock."""
     encode = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
     queue = collections.deque()
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -597,8 +597,8 @@ def old_shards(folder):
 
 
 def install(meta, new, folder):
-    """Moves the shards from the folder new to folder, in place of the old ones. If interrupted, it
-    leaves a meta.json that lists what is there, for the next run, and more, for open_data."""
+    """Moves the shards from the folder new to folder, in place of the old ones. meta.json lists, at
+    any moment, every shard that is there; after an interruption it lists one that is missing."""
     for path in old_shards(folder):
         path.unlink()
     write_file(folder / "meta.json", json.dumps(meta).encode())
@@ -618,11 +618,11 @@ def open_data(folder):
         meta = json.loads(path.read_bytes())
         if meta["format"] != 2:
             raise ValueError(f"format {meta['format']}, from another version")
-        spec, vocab_size, _ = (meta[key] for key in ("tokenizer", "vocab_size", "digest"))
-        # tiktoken's own may have to be downloaded first, which training does not need
+        spec, vocab_size, _ = meta["tokenizer"], meta["vocab_size"], meta["digest"]
+        # tiktoken would download one of its own, and training needs no tokenizer
         is_ours = spec["name"] not in tiktoken.list_encoding_names()
         if is_ours and build_tokenizer(spec).n_vocab != vocab_size:
-            raise ValueError(f"vocab_size {vocab_size} is not its tokenizer's")
+            raise ValueError(f"its tokenizer has not {vocab_size} tokens")
         for split in (meta["splits"]["train"], meta["splits"]["val"]):
             names = split["shards"]
             if not all(map(SHARD_NAME.fullmatch, names)):
@@ -698,7 +698,7 @@ def main(argv=None):
     parser.add_argument("inputs", nargs="*", help="files, folders, URLs (default: Python's manual)")
     flags = vars(parser.parse_intermixed_args(argv))
     inputs, config = flags.pop("inputs"), PrepareConfig(**flags)
-    # 256: one for each byte
+    # a vocabulary has a token for each byte
     for name, least in {"vocab_size": 256, "bpe_sample_mb": 1, "min_chars": 1}.items():
         if getattr(config, name) < least:
             raise ValueError(f"--{name}={getattr(config, name)}: must be {least} or more")
@@ -756,7 +756,7 @@ def script(main):
         raise SystemExit(130)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         message = str(error) or type(error).__name__
-        # PyTorch raises it if memory is short, too
+        # PyTorch's error for too little memory is a RuntimeError
         is_bug = isinstance(error, RuntimeError) and not re.search("(?i)memory|overflow", message)
         if is_bug or sys.flags.dev_mode:
             raise
