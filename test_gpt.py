@@ -1516,7 +1516,8 @@ def test_instruction_tuning_is_measured_and_answers_before_and_after(capsys):
     assert column("instruct", "val_perplexity") == pytest.approx(perplexities)
     answers = read_rows("instruct/responses.jsonl")
     assert all(line["after"] == line["output"] == "red" != line["before"] for line in answers)
-    test = {r["instruction"] for r in rows if 0.1 <= prepare_data.position(r["instruction"]) < 0.2}
+    places = {r["instruction"]: prepare_data.hash_fraction(r["instruction"]) for r in rows}
+    test = {instruction for instruction, place in places.items() if 0.1 <= place < 0.2}
     assert {line["messages"][0]["content"] for line in answers} == test
     assert re.search(r"\ntest +loss", capsys.readouterr().out)
 
