@@ -513,8 +513,7 @@ def read_tokenizer(folder):
 def tokenizer_of(checkpoint, path):
     """The spec of a checkpoint's tokenizer: the one in it, or in its folder, or else GPT-2's."""
     if "config" not in checkpoint:  # finetune.py's last.pt
-        hint = "only --init_from=resume reads it; use the best.pt beside it"
-        raise ValueError(f"{path} holds no complete model: {hint}")
+        raise ValueError(f"{path} is for --init_from=resume only: use the best.pt beside it")
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
     # gpt2 is a name, whose parent would be the current folder
@@ -592,7 +591,8 @@ def old_shards(folder):
     shards = [path for path in folder.glob("*.npy") if SHARD_NAME.fullmatch(path.name)]
     for path in shards:
         if path.name not in listed:
-            raise ValueError(f"{path} is not in meta.json: delete it, or name another folder")
+            hint = "move or delete it, or name another folder"
+            raise ValueError(f"{path} is not an earlier run's, by its meta.json: {hint}")
     return shards
 
 
@@ -677,8 +677,8 @@ def prepare(inputs, config):
         if not all(split["bytes"] for split in meta["splits"].values()):
             raise ValueError(skipped[0] if skipped else "not enough text to hold out a tenth of it")
         install({**meta, "tokenizer": spec}, new, folder)
-    except OSError as error:  # a full disk names no file
-        raise OSError(f"{folder}: {error}") from error
+    except OSError as error:  # NumPy says only how many items it wrote
+        raise OSError(f"{folder} could not be written; is the disk full? ({error})") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     print("read", f"{len(files):,} files" if inputs else "Python's manual")

@@ -662,7 +662,7 @@ def test_files_behind_links_and_shards_of_others_are_left_alone():
     write_files({**dict.fromkeys(names, "mine"), "data/val_00007.npy": "mine"})
     for name in ("data/.lock", "data/meta.json.tmp", "data/val_00000.npy.tmp"):
         os.symlink(os.path.abspath("thesis.txt"), name)
-    with pytest.raises(ValueError, match="val_00007.npy is not in meta.json: delete it"):
+    with pytest.raises(ValueError, match="val_00007.npy is not an earlier run's.*move"):
         prepare("data", story(300))
     os.remove("data/val_00007.npy")
     for _ in range(2):
@@ -721,7 +721,7 @@ def test_what_meta_json_lacks_or_gets_wrong_is_reported_at_once(monkeypatch):
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(monkeypatch):
     whole, words = documents_in(prepare("data", story(300))), "1000 requested and 4 written"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"^data: {words}"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"^data could not.*{words}"):
         patch.setattr(np, "save", lambda path, shard: path.touch() or fail(OSError(words)))
         prepare("data", story(500))
     assert documents_in(prepare_data.open_data("data")) == whole
