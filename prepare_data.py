@@ -435,15 +435,12 @@ def chat_parts(messages, tokenizer, template):
     for message in messages:
         role, content = message["role"], clean(message["content"])
         is_answer = role == "assistant"
-        if template == "roles":
-            header = f"<|{role}|>"
-        else:
-            header = ALPACA[role]
-            if role == "user" and not parts:  # the conversation starts here
-                more = ALPACA_INPUT if "### Input:\n" in content else ""
-                header = ALPACA_PREAMBLE.format(more) + header
-            if not is_answer:
-                content += "\n\n"
+        header = ALPACA[role] if template == "alpaca" else f"<|{role}|>"
+        if template == "alpaca" and role == "user" and not parts:  # the conversation starts here
+            more = ALPACA_INPUT if "### Input:\n" in content else ""
+            header = ALPACA_PREAMBLE.format(more) + header
+        if template == "alpaca" and not is_answer:
+            content += "\n\n"
         header = tokenizer.encode(header, allowed_special="all")
         end = [tokenizer.eot_token] if is_answer else []
         parts += [(header, False), (tokenizer.encode_ordinary(content) + end, is_answer)]
@@ -583,11 +580,10 @@ def write_shards(documents, tokenizer, folder):
 def old_shards(folder):
     """The shards of an earlier run in this folder, to be replaced by new ones. Raises ValueError if
     there are shards that its meta.json does not list: they may be the user's."""
-    meta, listed = folder / "meta.json", []
-    if meta.exists():
-        with damaged(f"{meta} (delete it, or name another folder)"):
-            for split in json.loads(meta.read_bytes())["splits"].values():
-                listed += split["shards"]
+    meta = folder / "meta.json"
+    with damaged(f"{meta} (delete it, or name another folder)"):
+        splits = json.loads(meta.read_bytes())["splits"].values() if meta.exists() else []
+        listed = [name for split in splits for name in split["shards"]]
     shards = [path for path in folder.glob("*.npy") if SHARD_NAME.fullmatch(path.name)]
     for path in shards:
         if path.name not in listed:
