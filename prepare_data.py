@@ -259,7 +259,7 @@ def split_documents(files, config, skip, dropped):
     """Yields (split, text) of every distinct document, cleaned. Its hash decides the split, but a
     document longer than 1/200 of the input is cut, and its last tenth is val. The manual is split
     by module, as in finetune.py, whose test split is in val here. dropped counts the rest."""
-    large = sum(path.stat().st_size for path in files) / 200
+    large = max(4, sum(path.stat().st_size for path in files) / 200)  # of 4, a tenth is nothing
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # the hashes of all documents so far, 83 bytes each
     for source, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
@@ -532,8 +532,8 @@ def load_tokenizer(checkpoint, path):
 
 
 def encode_all(documents, tokenizer):
-    """Yields (split, part, tokens, is_last) for each part of each document; tokens is a future.
-    Threads encode the parts that follow, all at once, since tiktoken releases Python's lock."""
+    """Yields (split, part, future, is_last) for each part of each document, in order; the future
+    has its tokens. Meanwhile threads encode the next parts, as tiktoken releases Python's lock."""
     encode = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
     queue = collections.deque()
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -588,7 +588,7 @@ def old_shards(folder):
     for path in shards:
         if path.name not in listed:
             hint = "move or delete it, or name another folder"
-            raise ValueError(f"{path} is not an earlier run's, by its meta.json: {hint}")
+            raise ValueError(f"{path} may be yours, as meta.json does not list it: {hint}")
     return shards
 
 
@@ -618,7 +618,7 @@ def open_data(folder):
         # tiktoken would download one of its own, and training needs no tokenizer
         is_ours = spec["name"] not in tiktoken.list_encoding_names()
         if is_ours and build_tokenizer(spec).n_vocab != vocab_size:
-            raise ValueError(f"its tokenizer has not {vocab_size} tokens")
+            raise ValueError(f"its tokenizer does not have {vocab_size} tokens")
         for split in (meta["splits"]["train"], meta["splits"]["val"]):
             names = split["shards"]
             if not all(map(SHARD_NAME.fullmatch, names)):

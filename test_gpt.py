@@ -510,6 +510,12 @@ def fail(error):
     raise error
 
 
+def test_documents_too_short_for_a_tenth_stay_whole():
+    documents = [f"{i:04}" for i in range(40)]
+    found = documents_in(prepare("data", "<|endoftext|>".join(documents)))
+    assert sorted(found["train"] + found["val"]) == documents
+
+
 def documents_of(*inputs, **how):
     return [clean(text) for _, text in prepare_data.read_documents(inputs, **how)]
 
@@ -662,7 +668,7 @@ def test_files_behind_links_and_shards_of_others_are_left_alone():
     write_files({**dict.fromkeys(names, "mine"), "data/val_00007.npy": "mine"})
     for name in ("data/.lock", "data/meta.json.tmp", "data/val_00000.npy.tmp"):
         os.symlink(os.path.abspath("thesis.txt"), name)
-    with pytest.raises(ValueError, match="val_00007.npy is not an earlier run's.*move"):
+    with pytest.raises(ValueError, match="val_00007.npy may be yours.*: move"):
         prepare("data", story(300))
     os.remove("data/val_00007.npy")
     for _ in range(2):
