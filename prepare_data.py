@@ -27,11 +27,12 @@ import os
 import pathlib
 import pydoc_data.topics
 import re
+import shutil
 import sys
-import time
+import traceback
 import unicodedata
 import urllib.request
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import regex  # knows \p{L}, which re does not
@@ -41,18 +42,18 @@ END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat; unused before fine-tuning
 SHARD_TOKENS = 50_000_000  # per shard, approximately
 SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
-HELD_OUT = 0.1  # the share of the text that goes to val (twice that for the default corpus)
+HELD_OUT = 0.1  # the share of the text that goes to val; in finetune.py as much again goes to test
 
 
 @dataclass
 class PrepareConfig:
-    out: str = "data"  # folder to write
-    tokenizer: str = "bpe"  # bpe (trained here), a tiktoken name, or a folder with a tokenizer
-    vocab_size: int = 1024  # tokens of the trained BPE; 4 special tokens are added
-    bpe_sample_mb: int = 10  # how much text the BPE is trained on, in MB
-    text_field: str = "text"  # the JSON field that holds the text
+    out: str = "data"  # folder to write to
+    tokenizer: str = "bpe"  # bpe (train one), a folder that holds one, or a tiktoken name like gpt2
+    vocab_size: int = 1024  # size of the trained vocabulary; 4 special tokens come on top
+    bpe_sample_mb: int = 10  # train the vocabulary on about this many MB of the text
+    text_field: str = "text"  # JSON field that holds the text
     separator: str = END_OF_TEXT  # what separates documents in a text file
-    min_chars: int = 1  # shorter documents are dropped
+    min_chars: int = 1  # drop documents shorter than this
 
 
 # --- documents ------------------------------------------------------------------------------------
@@ -84,11 +85,13 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
             for offset, data in split_file(path, separator.encode()):
                 try:
                     text = data.decode()
-                    is_page = kind in (".html", ".htm") or PAGE.match(text)
-                    yield str(path), html_to_text(text) if is_page else text
-                except UnicodeDecodeError as error:
-                    where = f"{path}, document at byte {offset}"
-                    skip(f"{where}: {error}; if it is text: iconv -f latin1 -t utf-8")
+                    if kind in (".html", ".htm") or PAGE.match(text):
+                        text = html_to_text(text)
+                    yield str(path), text
+                except ValueError as error:  # html.unescape raises it, too
+                    is_latin = isinstance(error, UnicodeDecodeError)
+                    hint = "; if it is text: iconv -f latin1 -t utf-8" if is_latin else ""
+                    skip(f"{path}, document at byte {offset}: {error}{hint}")
         except OSError as error:
             skip(f"{path}: {error.strerror}")
 
@@ -97,16 +100,16 @@ def find_files(inputs, skip=refuse):
     """Expands inputs into a list of paths: downloads URLs, skips hidden files in folders."""
     files = []
     for name in map(str, inputs):
-        path = download(name) if re.match("https?://", name) else pathlib.Path(name)
-        if path.is_dir():
+        path = download(name) if re.match("https?://", name) else name
+        if os.path.isdir(path):
             for folder, inside, names in os.walk(path, onerror=lambda error: skip(str(error))):
                 inside[:] = sorted(name for name in inside if name[0] != ".")
                 visible = (pathlib.Path(folder, name) for name in sorted(names) if name[0] != ".")
                 files += filter(pathlib.Path.is_file, visible)  # no pipe, no broken link
-        elif path.is_file():
-            files.append(path)
+        elif os.path.isfile(path):
+            files.append(pathlib.Path(path))
         else:
-            raise ValueError(f"{path}: no such file or folder")
+            raise ValueError(f"{path or 'an empty name'}: no such file or folder")
     return files
 
 
@@ -200,11 +203,15 @@ def clean(text):
     >>> clean("\\ufeffone \\r\\n\\r\\n\\r\\n\\r\\ntwo\\x00\\n")
     'one\\n\\ntwo'
     """
-    text = re.sub(r"\r\n?|[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", "\n", text)
-    text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff\ud800-\udfff]+", "", text)
-    text = unicodedata.normalize("NFC", text)
-    text = re.sub(r"(?<![ \t])[ \t]+(?=\n|\Z)", "", text)  # (?<!): in linear time
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+    # control characters, but not the tab and what splitlines() takes for the end of a line
+    text = re.sub(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff]", "", text)
+    if not text.isascii():
+        # at most 30 marks on a letter, as in Unicode's UAX #15: to sort n of them takes n**2 steps
+        text = unicodedata.normalize("NFC", regex.sub(r"(\p{M}{30})\p{M}+", r"\1", text))
+    text = "\n".join([line.rstrip(" \t") for line in text.splitlines()])
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip("\n")
 
 
 # --- the default corpus: the manual inside every Python installation ------------------------------
@@ -244,32 +251,33 @@ def library_docstrings():
 
 
 def hash_fraction(key):
-    """A pseudo-random number from 0 to 1 that depends on key alone: equal texts share a split."""
+    """A hash of a text, as a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def split_documents(files, config, skip, dropped):
     """Yields (split, text) of every distinct document, cleaned. Its hash decides the split, but a
     document longer than 1/200 of the input is cut, and its last tenth is val. The manual is split
-    by module, as in finetune.py. dropped counts the documents left out, by reason."""
-    large = sum(path.stat().st_size for path in files) / 200
+    by module, as in finetune.py, whose test split is in val here. dropped counts the rest."""
+    large = max(4, sum(path.stat().st_size for path in files) / 200)  # of 4, a tenth is nothing
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # the hashes of all documents so far, 83 bytes each
     for source, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
         text = clean(text)
-        place = hash_fraction(text)
-        if place in seen or len(text) < config.min_chars:
-            dropped["duplicate" if place in seen else "short"] += 1
+        key = hash_fraction(text)
+        if key in seen or len(text) < config.min_chars:
+            dropped["duplicate" if key in seen else "short"] += 1
             continue
-        seen.add(place)
+        seen.add(key)
         if files and len(text) > large:
-            border = round(len(text) * (1 - HELD_OUT))
-            # after a space or a newline, so that no word is cut
-            border = max(text.rfind(" ", 0, border), text.rfind("\n", 0, border)) + 1 or border
-            yield "train", text[:border]
-            yield "val", text[border:]
+            end = round(len(text) * (1 - HELD_OUT))
+            # after a space or newline nearby, so that no word is cut; Chinese, for one, has none
+            near = max(0, end - 100)
+            end = max(text.rfind(" ", near, end), text.rfind("\n", near, end)) + 1 or end
+            yield "train", text[:end]
+            yield "val", text[end:]
         else:
-            is_val = place < HELD_OUT if files else hash_fraction(source) < 2 * HELD_OUT
+            is_val = key < HELD_OUT if files else hash_fraction(source) < 2 * HELD_OUT
             yield "val" if is_val else "train", text
 
 
@@ -282,11 +290,12 @@ WORD_END = regex.compile(r"(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")
 
 
 def cut(text, length=1 << 16):
-    """Yields a text in parts that end at the end of a word or number, which also ends a piece."""
+    """Yields a text in parts that end at the end of a word or number, which also ends a piece; or
+    anywhere, if none ends for as long again, since tiktoken fails at a million spaces in a row."""
     start = 0
     while start < len(text):
-        border = WORD_END.search(text, start + length)
-        end = border.start() if border else len(text)
+        border = WORD_END.search(text, start + length, start + 2 * length)
+        end = border.start() if border else start + 2 * length
         yield text[start:end]
         start = end
 
@@ -331,7 +340,7 @@ def train_bpe(texts, vocab_size):
         new = chr(len(tokens))  # N below, where x and y are its neighbors
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
         new_pairs = collections.defaultdict(list)  # and the pieces that contain them
-        for i in [i for i in pieces_with.pop(pair) if pair in pieces[i]]:  # others have lost it
+        for i in [i for i in dict.fromkeys(pieces_with.pop(pair)) if pair in pieces[i]]:
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
             changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]  # xN
@@ -355,13 +364,13 @@ def bpe_encode(data, ranks):
     [b' low', b'e', b'r']
     """
     tokens = [bytes([byte]) for byte in data]
-    while True:
-        pairs = [a + b for a, b in itertools.pairwise(tokens)]
-        earliest = min(pairs, key=lambda pair: ranks.get(pair, math.inf), default=None)
+    while pairs := [a + b for a, b in itertools.pairwise(tokens)]:
+        earliest = min(pairs, key=lambda pair: ranks.get(pair, math.inf))
         if earliest not in ranks:
-            return tokens
+            break
         i = pairs.index(earliest)
         tokens[i : i + 2] = [earliest]
+    return tokens
 
 
 def bpe_spec(ranks):
@@ -426,15 +435,12 @@ def chat_parts(messages, tokenizer, template):
     for message in messages:
         role, content = message["role"], clean(message["content"])
         is_answer = role == "assistant"
-        if template == "roles":
-            header = f"<|{role}|>"
-        else:
-            header = ALPACA[role]
-            if role == "user" and not parts:  # the conversation starts here
-                more = ALPACA_INPUT if "### Input:\n" in content else ""
-                header = ALPACA_PREAMBLE.format(more) + header
-            if not is_answer:
-                content += "\n\n"
+        header = ALPACA[role] if template == "alpaca" else f"<|{role}|>"
+        if template == "alpaca" and role == "user" and not parts:  # the conversation starts here
+            more = ALPACA_INPUT if "### Input:\n" in content else ""
+            header = ALPACA_PREAMBLE.format(more) + header
+        if template == "alpaca" and not is_answer:
+            content += "\n\n"
         header = tokenizer.encode(header, allowed_special="all")
         end = [tokenizer.eot_token] if is_answer else []
         parts += [(header, False), (tokenizer.encode_ordinary(content) + end, is_answer)]
@@ -503,6 +509,8 @@ def read_tokenizer(folder):
 
 def tokenizer_of(checkpoint, path):
     """The spec of a checkpoint's tokenizer: the one in it, or in its folder, or else GPT-2's."""
+    if "config" not in checkpoint:  # finetune.py's last.pt
+        raise ValueError(f"{path} is for --init_from=resume only: use the best.pt beside it")
     path = pathlib.Path(path)
     folder = path if path.is_dir() else path.parent
     # gpt2 is a name, whose parent would be the current folder
@@ -512,70 +520,87 @@ def tokenizer_of(checkpoint, path):
 
 def load_tokenizer(checkpoint, path):
     """Returns the spec of a checkpoint's tokenizer, and the tokenizer."""
-    spec, vocab_size = tokenizer_of(checkpoint, path), checkpoint["config"]["vocab_size"]
+    spec = tokenizer_of(checkpoint, path)
     tokenizer = build_tokenizer(spec)
-    if tokenizer.n_vocab > vocab_size:
-        raise ValueError(f"{path} has {vocab_size} tokens, too few for tokenizer {spec['name']}")
+    with damaged(path):
+        if tokenizer.n_vocab > checkpoint["config"]["vocab_size"]:
+            raise ValueError(f"{tokenizer.n_vocab} tokens in its tokenizer, fewer in its model")
     return spec, tokenizer
 
 
 # --- the data folder ------------------------------------------------------------------------------
 
 
+def encode_all(documents, tokenizer):
+    """Yields (split, part, future, is_last) for each part of each document, in order; the future
+    has its tokens. Meanwhile threads encode the next parts, as tiktoken releases Python's lock."""
+    encode = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
+    queue = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for split, text in documents:
+            *parts, last = cut(text)
+            queue += ((split, part, pool.submit(encode, part), False) for part in parts)
+            queue.append((split, last, pool.submit(encode, last), True))
+            while len(queue) > 256:
+                yield queue.popleft()
+        yield from queue
+
+
 def write_shards(documents, tokenizer, folder):
-    """Encodes documents, (split, text), and writes them as shards named .tmp, with <|endoftext|>
-    after each. Returns what meta.json says about them."""
+    """Encodes documents, (split, text), and writes them as shards, with <|endoftext|> after each.
+    Returns what meta.json says about them."""
     dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
     splits = {s: {"shards": [], "tokens": 0, "bytes": 0, "documents": 0} for s in ("train", "val")}
     waiting, digest = {split: [] for split in splits}, hashlib.sha256()
+    end = np.array([tokenizer.eot_token], dtype)
 
     def flush(split):
         shard, names = np.concatenate(waiting[split]), splits[split]["shards"]
         names.append(f"{split}_{len(names):05d}.npy")
-        with open(folder / f"{names[-1]}.tmp", "wb") as file:
-            np.save(file, shard)
+        np.save(folder / names[-1], shard)
         digest.update(shard)
         waiting[split] = []
 
-    encode = functools.partial(tokenizer.encode_to_numpy, disallowed_special=())
-    # "" marks the end of a document
-    parts = ((split, part) for split, text in documents for part in (*cut(text), ""))
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        while batch := list(itertools.islice(parts, 512)):
-            for (split, text), tokens in zip(batch, pool.map(encode, [text for _, text in batch])):
-                tokens = tokens if text else [tokenizer.eot_token]
-                stats = splits[split]
-                stats["tokens"] += len(tokens)
-                stats["bytes"] += len(text.encode())
-                stats["documents"] += not text
-                waiting[split].append(np.array(tokens, dtype))
-                if stats["tokens"] >= SHARD_TOKENS * (len(stats["shards"]) + 1):
-                    flush(split)
+    for split, text, future, is_last in encode_all(documents, tokenizer):
+        tokens, stats = future.result().astype(dtype), splits[split]
+        waiting[split] += [tokens, end] if is_last else [tokens]
+        stats["tokens"] += len(tokens) + is_last
+        stats["bytes"] += len(text.encode())
+        stats["documents"] += is_last
+        if stats["tokens"] >= SHARD_TOKENS * (len(stats["shards"]) + 1):
+            print(f"{split}: {stats['tokens']:,} tokens so far")
+            flush(split)
     for split in splits:
         if waiting[split]:
             flush(split)
-    sizes = {"vocab_size": tokenizer.n_vocab, "eot_token": tokenizer.eot_token, "dtype": dtype}
+    sizes = {"vocab_size": tokenizer.n_vocab, "dtype": dtype}
     return {"format": 2, **sizes, "digest": digest.hexdigest(), "splits": splits}
 
 
 def old_shards(folder):
-    """The shards of an earlier run in this folder, to be replaced by new ones."""
-    path, names = folder / "meta.json", []
-    if path.exists():
-        with damaged(f"{path} (delete it, or name another folder)"):
-            for split in json.loads(path.read_bytes())["splits"].values():
-                names += split["shards"]
-    return [folder / name for name in names if SHARD_NAME.fullmatch(name)]
+    """The shards of an earlier run in this folder, to be replaced by new ones. Raises ValueError if
+    there are shards that its meta.json does not list: they may be the user's."""
+    meta = folder / "meta.json"
+    with damaged(f"{meta} (delete it, or name another folder)"):
+        splits = json.loads(meta.read_bytes())["splits"].values() if meta.exists() else []
+        listed = [name for split in splits for name in split["shards"]]
+    shards = [path for path in folder.glob("*.npy") if SHARD_NAME.fullmatch(path.name)]
+    for path in shards:
+        if path.name not in listed:
+            hint = "move or delete it, or name another folder"
+            raise ValueError(f"{path} may be yours, as meta.json does not list it: {hint}")
+    return shards
 
 
-def install(meta, folder, old):
-    """Replaces the old shards with the finished ones. If this is interrupted, open_data raises."""
-    for path in (folder / "meta.json", *old):
-        path.unlink(missing_ok=True)
+def install(meta, new, folder):
+    """Moves the shards from the folder new to folder, in place of the old ones. meta.json lists, at
+    any moment, every shard that is there; after an interruption it lists one that is missing."""
+    for path in old_shards(folder):
+        path.unlink()
+    write_file(folder / "meta.json", json.dumps(meta).encode())
     for split in meta["splits"].values():
         for name in split["shards"]:
-            os.replace(folder / f"{name}.tmp", folder / name)
-    write_file(folder / "meta.json", json.dumps(meta).encode())
+            os.replace(new / name, folder / name)
 
 
 def open_data(folder):
@@ -589,11 +614,18 @@ def open_data(folder):
         meta = json.loads(path.read_bytes())
         if meta["format"] != 2:
             raise ValueError(f"format {meta['format']}, from another version")
+        spec, vocab_size, _ = meta["tokenizer"], meta["vocab_size"], meta["digest"]
+        # tiktoken would download one of its own, and training needs no tokenizer
+        is_ours = spec["name"] not in tiktoken.list_encoding_names()
+        if is_ours and build_tokenizer(spec).n_vocab != vocab_size:
+            raise ValueError(f"its tokenizer does not have {vocab_size} tokens")
         for split in (meta["splits"]["train"], meta["splits"]["val"]):
             names = split["shards"]
             if not all(map(SHARD_NAME.fullmatch, names)):
                 raise ValueError("invalid shard names")
-            arrays = split["arrays"] = [np.load(path.parent / n, mmap_mode="r") for n in names]
+            if missing := [name for name in names if not path.with_name(name).exists()]:
+                raise ValueError(f"{missing[0]} is missing")
+            arrays = split["arrays"] = [np.load(path.with_name(n), mmap_mode="r") for n in names]
             kinds, tokens = {(a.dtype.name, a.ndim) for a in arrays}, sum(map(len, arrays))
             if kinds != {(meta["dtype"], 1)} or tokens != split["tokens"] or split["bytes"] < 1:
                 raise ValueError("the shards are not what meta.json says")
@@ -617,47 +649,37 @@ def train_tokenizer(documents, size, config):
     return bpe_spec(ranks)
 
 
-def with_progress(documents, label):
-    """Yields the documents unchanged and reports progress on standard error."""
-    start = shown = time.monotonic()
-    done, is_live = 0, sys.stderr.isatty()
-    for document in documents:
-        yield document
-        done += len(document[1])
-        if (now := time.monotonic()) - shown > (0.2 if is_live else 10):
-            line = f"{label}: {done / 1e6:.0f} M characters, {done / 1e6 / (now - start):.1f} M/s"
-            print(line, end="\r" if is_live else "\n", file=sys.stderr, flush=True)
-            shown = now
-
-
 def prepare(inputs, config):
     """Writes the data folder and prints a summary."""
     folder, skipped, dropped = pathlib.Path(config.out), [], collections.Counter()
-    old = old_shards(folder)  # reports a folder that is not ours before any slow work
+    old_shards(folder)  # reports a folder that is not ours before any slow work
     files = find_files(inputs, skipped.append)
     if inputs and not files:
         raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files found")
     if config.tokenizer == "bpe":  # the second pass reports what is skipped and dropped
         documents = split_documents(files, config, lambda reason: None, collections.Counter())
-        size = sum(path.stat().st_size for path in files)
-        spec = train_tokenizer(with_progress(documents, "reading"), size, config)
+        spec = train_tokenizer(documents, sum(path.stat().st_size for path in files), config)
     elif os.path.isdir(config.tokenizer):
         spec = read_tokenizer(config.tokenizer) or open_data(config.tokenizer)["tokenizer"]
     else:
         spec = {"name": config.tokenizer}
     tokenizer = build_tokenizer(spec)
     documents = split_documents(files, config, skipped.append, dropped)
-    sources = inputs or [f"the manual of Python {sys.version.split()[0]}"]
+    new = folder / ".prepare_data"
+    shutil.rmtree(new, ignore_errors=True)  # of a killed run
+    new.mkdir()
     try:
-        meta = write_shards(with_progress(documents, "encoding"), tokenizer, folder)
+        meta = write_shards(documents, tokenizer, new)
         if not all(split["bytes"] for split in meta["splits"].values()):
             raise ValueError(skipped[0] if skipped else "not enough text to hold out a tenth of it")
-        install({**meta, "tokenizer": spec, "sources": sources}, folder, old)
+        install({**meta, "tokenizer": spec}, new, folder)
+    except OSError as error:  # NumPy says only how many items it wrote
+        raise OSError(f"{folder} could not be written; is the disk full? ({error})") from error
     finally:
-        for path in folder.glob("*.npy.tmp"):
-            path.unlink()
-    print(f"read {len(files):,} files; skipped {len(skipped):,} files or documents", end="")
-    print(f", the first: {skipped[0]}" if skipped else "")
+        shutil.rmtree(new, ignore_errors=True)
+    print("read", f"{len(files):,} files" if inputs else "Python's manual")
+    if skipped:
+        print(f"skipped {len(skipped):,} files or documents, the first: {skipped[0]}")
     print(f"dropped {dropped['duplicate']:,} duplicates and {dropped['short']:,} short documents")
     print(f"{'':8}{'documents':>12}{'bytes':>15}{'tokens':>15}{'bytes/token':>13}")
     for split, s in meta["splits"].items():
@@ -672,6 +694,10 @@ def main(argv=None):
     parser.add_argument("inputs", nargs="*", help="files, folders, URLs (default: Python's manual)")
     flags = vars(parser.parse_intermixed_args(argv))
     inputs, config = flags.pop("inputs"), PrepareConfig(**flags)
+    # a vocabulary has a token for each byte
+    for name, least in {"vocab_size": 256, "bpe_sample_mb": 1, "min_chars": 1}.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name}={getattr(config, name)}: must be {least} or more")
     with lock(config.out):
         prepare(inputs, config)
 
@@ -680,38 +706,42 @@ def main(argv=None):
 
 
 def flag_parser(defaults, docs):
-    config_class = type(defaults)
-    """A parser with a flag for every field of a dataclass, whose comment is the help text."""
+    """A parser with a flag for every field of a dataclass, whose comment is the help text; defaults
+    is an instance. What is parsed holds only the flags that were given."""
     # without a usage line, errors fit on one line
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=docs, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    source = "".join(inspect.getsource(c) for c in reversed(config_class.__mro__[:-1]))
+    source = "".join(inspect.getsource(c) for c in reversed(type(defaults).__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.MULTILINE))
-    for field in fields(config_class):
-        value, text = getattr(defaults, field.name), comments[field.name]
-        kind = type(value)
-        text += f" (default: {value!r})" if value else ""
+    for name, default in vars(defaults).items():
+        kind, text = type(default), comments[name]
+        text += f" (default: {default!r})" if default else ""
         how = {"nargs": "?", "const": True} if kind is bool else {}
         how |= {"type": functools.partial(parse_value, kind), "metavar": kind.__name__.upper()}
-        parser.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **how)
+        parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **how)
     return parser
 
 
 def parse_value(kind, text):
-    """The value of a flag, from its text. Numbers are never negative."""
+    """The value of a flag, from its text. Numbers are finite and never negative."""
+    if kind is str:
+        return text
+    if kind is bool and text in ("True", "False"):
+        return text == "True"
     with contextlib.suppress(ValueError):
-        value = {"True": True, "False": False}.get(text, -1) if kind is bool else kind(text)
-        if kind is str or 0 <= value < math.inf:
-            return value
+        if kind is not bool and 0 <= kind(text) < math.inf:
+            return kind(text)
     raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}")
 
 
 def script(main):
-    """Runs main; bad input ends it with one line on standard error and exit code 2."""
+    """Runs main; bad input ends it with one line on standard error and exit code 2. A mistake in
+    the code still shows its traceback, as everything does under python -X dev."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if the shell closed it)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # an unprintable character must not crash it
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # an unprintable character must not crash it
     try:
         main()
         sys.stdout.flush()
@@ -721,37 +751,53 @@ def script(main):
     except KeyboardInterrupt:
         raise SystemExit(130)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(?i)memory|overflow", str(error)):
-            raise
         message = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            message = ": ".join(map(str, filter(None, (error.filename, error.strerror))))
-        print(f"{sys.argv[0]}: {' '.join(message.split())}", file=sys.stderr)
+        # PyTorch's error for too little memory is a RuntimeError
+        is_bug = isinstance(error, RuntimeError) and not re.search("(?i)memory|overflow", message)
+        if is_bug or sys.flags.dev_mode:
+            raise
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"{sys.argv[0]}: {' '.join(message.split())} ({place_of(error)})", file=sys.stderr)
         raise SystemExit(2)
+
+
+def place_of(error):
+    """Where in these scripts an error, or its first cause, was raised: "train.py:181"."""
+    frames = []
+    while error:
+        frames += traceback.extract_tb(error.__traceback__)
+        error = error.__cause__
+    here = os.path.dirname(__file__)
+    ours = [frame for frame in frames if os.path.dirname(frame.filename) == here]
+    return f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}"
 
 
 def lock(folder):
     """Creates the folder if needed; locks it against other runs until the returned file closes."""
     os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, ".lock"), "w")  # noqa: SIM115
+    file = open(os.path.join(folder, ".lock"), "a")  # noqa: SIM115
     try:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl, so no lock
-            import fcntl
+        import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{folder}: another run is writing there") from None
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
     return file
 
 
 def write_file(path, data):
     """Writes bytes to a temporary file, then renames it, so that path is never half written."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
+    temporary = pathlib.Path(f"{path}.tmp")
+    temporary.unlink(missing_ok=True)  # it may be a link, to a file that must stay as it is
+    with open(temporary, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ import csv
 import doctest
 import functools
 import http.server
+import inspect
 import io
 import itertools
 import json
+import linecache
 import math
 import os
 import pathlib
@@ -24,6 +26,7 @@ import sys
 import threading
 import time
 import types
+import unicodedata
 
 import numpy as np
 import pytest
@@ -400,7 +403,7 @@ def elsewhere():
     source = path.read_text("utf-8").replace('device.type == "cpu"', "device is None")
     assert source.count("device is None") >= 3
     source = source.replace('device.type != "cpu"', "device is not None")
-    exec(compile(source, "elsewhere.py", "exec"), vars(module))
+    exec(compile(source, "elsewhere.py", "exec"), vars(module))  # noqa: S102
     return module
 
 
@@ -524,6 +527,27 @@ def test_bpe_encode_is_what_tiktoken_does_and_any_text_comes_back_without_specia
     assert ids == [len(ranks) + i for i in range(4)]
 
 
+def copied(module, *names):
+    """What these definitions, with imports of other projects and nothing else, make of an empty
+    namespace."""
+    namespace = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+        name = getattr(node, "name", name)
+        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+        is_ours = is_import and re.search("prepare_data|train|from gpt", ast.unparse(node))
+        if name in names or is_import and not is_ours:
+            exec(ast.unparse(node), namespace)  # noqa: S102
+    return types.SimpleNamespace(**namespace)
+
+
+def test_the_bpe_and_its_tokenizer_can_be_copied():
+    names = "SPLIT WORD_END END_OF_TEXT ROLES cut count_pieces train_bpe bpe_spec damaged"
+    code = copied(prepare_data, *names.split(), "build_tokenizer")
+    tokenizer = code.build_tokenizer(code.bpe_spec(code.train_bpe([story(99)], 270)))
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat" and tokenizer.n_vocab == 274
+
+
 @pytest.mark.parametrize("space", [" ", "，"])  # Chinese has no spaces, and is cut, too
 def test_a_text_encoded_in_parts_gives_the_tokens_of_the_whole(space):
     pieces = ["word", space, space * 2, "_", "don't", "12", "é", "漢", "!"]
@@ -532,6 +556,24 @@ def test_a_text_encoded_in_parts_gives_the_tokens_of_the_whole(space):
     parts = list(prepare_data.cut(text, 100))
     assert "".join(parts) == text and len(parts) > 50
     assert list(itertools.chain(*map(encode, parts))) == encode(text)
+
+
+@pytest.mark.parametrize("text", [f"word{' ' * 10**6}word", "\n=" * 10**5 + "漢" * 10**6])
+def test_a_text_with_a_long_piece_is_encoded_in_parts_too(text):
+    encode = build_tokenizer(bpe_spec(train_bpe([story(100)], 280))).encode_ordinary
+    parts = list(prepare_data.cut(text))
+    assert "".join(parts) == text and max(map(len, parts)) <= 2**17
+    assert all(map(encode, parts))  # tiktoken fails at a million spaces
+
+
+def test_time_is_linear_in_the_length_of_one_word_or_of_the_accents_on_one_letter():
+    start = time.monotonic()
+    train_bpe(["".join(random.Random(0).choices("ACGT", k=100_000))], 300)
+    text = clean("e" + "\u0301\u0316" * 50_000 + "\n")
+    assert text[0] == "é" and 20 < len(text) <= 30 and clean(text) == text
+    assert time.monotonic() - start < 4
+    zalgo = "Z" + "\u0316" * 14 + "\u0301" * 15  # in the order of NFC
+    assert clean(zalgo) == unicodedata.normalize("NFC", zalgo)
 
 
 def test_clean_text_has_no_controls_no_spaces_at_line_ends_and_is_clean():
@@ -558,6 +600,22 @@ def test_tokens_that_are_no_characters_or_missing_have_labels():
     ]
 
 
+def test_text_without_spaces_is_cut_nine_to_one():
+    text = "标题\n" + "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
+    sizes = {name: split["bytes"] for name, split in prepare("data", text)["splits"].items()}
+    assert sizes["val"] / sum(sizes.values()) == pytest.approx(0.1, rel=0.01)
+
+
+def fail(error):
+    raise error
+
+
+def test_documents_too_short_for_a_tenth_stay_whole():
+    documents = [f"{i:04}" for i in range(40)]
+    found = documents_in(prepare("data", "<|endoftext|>".join(documents)))
+    assert sorted(found["train"] + found["val"]) == documents
+
+
 def documents_of(*inputs, **how):
     return [clean(text) for _, text in prepare_data.read_documents(inputs, **how)]
 
@@ -579,6 +637,8 @@ def test_every_kind_of_file_gives_its_documents():
     os.mkfifo("a/pipe")
     expected = ["zero", "one", "two", "three", "four", "five", "six", "seven é xy\n\n z", "eight"]
     assert documents_of("b.txt", "a") == [*expected, "nine", "ten"]
+    with pytest.raises(ValueError, match="an empty name"):  # not the current folder
+        documents_of("")
 
 
 @pytest.mark.parametrize("before", range(2**20 - 6, 2**20 + 1))  # a file is read in blocks of 2**20
@@ -587,21 +647,26 @@ def test_a_separator_divides_a_file_wherever_its_blocks_end(before):
     assert documents_of("a.txt", separator="<|x|>") == ["x" * before, "twö <|x", "", "three"]
 
 
-def test_documents_that_cannot_be_read_are_skipped_counted_and_named(capsys):
+def test_documents_that_cannot_be_read_are_skipped_counted_and_named(capsys, monkeypatch):
     files = {
         "0.txt": story(300),
         "a.txt": "whole<|endoftext|>café".encode("latin-1"),
         "c.jsonl": '{"text": null}\n{"text"\n{"text": "fine"}',
         "d.png": b"\x89PNG\0",
         "e.json": "[" * 100_000,
+        "f.html": f"<p>&#{'9' * 5000};<|endoftext|><p>page",
+        "g.txt": "not yours",
     }
     write_files(files, "mixed")
+    read, error = prepare_data.split_file, OSError(13, "Permission denied")
+    read_some = lambda path, mark: fail(error) if path.name == "g.txt" else read(path, mark)
+    monkeypatch.setattr(prepare_data, "split_file", read_some)
     prepare_data.main(["mixed", "--out=data"])
-    report = "read 5 files; skipped 5 .* the first: .*a.txt, document at byte 18"
+    report = "read 7 files\nskipped 7 .* the first: .*a.txt, document at byte 18.*iconv"
     assert re.search(report, capsys.readouterr().out)
     found = documents_in(prepare_data.open_data("data"))
     assert found["train"].pop(0) + found["val"].pop(0) == clean(story(300))
-    assert sorted(found["train"] + found["val"]) == ["fine", "whole"]
+    assert sorted(found["train"] + found["val"]) == ["fine", "page", "whole"]
 
 
 def test_a_page_is_downloaded_once_and_kept():
@@ -658,9 +723,8 @@ def test_the_bpe_is_trained_on_a_sample_spread_over_the_training_text(monkeypatc
     assert 0.75 < len("".join(counted)) / 1e6 / 0.9 < 1.25  # a tenth is held out
     assert set(counted) <= set(documents_in(meta)["train"])
     assert set(counted) & set(texts[:100]) and set(counted) & set(texts[200:])
-    documents = [
-        ("train", text) for text in map(str, range(9000)) if prepare_data.hash_fraction(text) >= 0.1
-    ]
+    is_train = lambda text: prepare_data.hash_fraction(text) >= prepare_data.HELD_OUT
+    documents = [("train", text) for text in filter(is_train, map(str, range(9000)))]
     counted.clear()
     prepare_data.train_tokenizer(documents, 2e8, prepare_data.PrepareConfig())
     assert 0.04 < len(counted) / len(documents) < 0.06
@@ -672,7 +736,7 @@ def test_a_vocabulary_above_65536_takes_four_bytes_a_token(n, dtype):
     meta = json.loads(pathlib.Path("wide/meta.json").read_bytes())
     spec = {**meta["tokenizer"], "special_tokens": ["<|endoftext|>"]}
     spec["tokens"] += [f"{i:06}" for i in range(n - 1 - len(spec["tokens"]))]
-    write_files({"wide/meta.json": json.dumps({**meta, "tokenizer": spec})})
+    write_files({"wide/meta.json": json.dumps({**meta, "tokenizer": spec, "vocab_size": n})})
     (shard,) = prepare("data", story(300), "--tokenizer=wide")["splits"]["val"]["arrays"]
     assert shard.dtype == dtype and shard[-1] == n - 1
 
@@ -684,8 +748,10 @@ def test_preparing_anew_replaces_its_own_files_and_no_others(monkeypatch):
     inode, meta = os.stat("data").st_ino, pathlib.Path("data/meta.json")
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, "SHARD_TOKENS", 100)
-        assert len(prepare("data", story(2000))["splits"]["train"]["shards"]) > 1
-    meta.write_text(meta.read_text().replace('["train_00000', '["../train_00000'))
+        text = "<|endoftext|>".join(story(100, seed=i) for i in range(9))
+        assert len(prepare("data", text)["splits"]["train"]["shards"]) > 1
+    listed = '["train_00000.npy"'
+    meta.write_text(meta.read_text().replace(listed, f'["../train_00000.npy", {listed[1:]}'))
     with pytest.raises(ValueError, match="invalid shard names"):
         prepare_data.open_data("data")
     prepare("data", story(300))
@@ -697,9 +763,23 @@ def test_preparing_anew_replaces_its_own_files_and_no_others(monkeypatch):
     assert set(os.listdir("data")) == ours | others
 
 
+def test_files_behind_links_and_shards_of_others_are_left_alone():
+    names = ["data/mine.npy.tmp", "data/train_00000.npy.tmp", "thesis.txt"]
+    write_files({**dict.fromkeys(names, "mine"), "data/val_00007.npy": "mine"})
+    for name in ("data/.lock", "data/meta.json.tmp", "data/val_00000.npy.tmp"):
+        os.symlink(os.path.abspath("thesis.txt"), name)
+    with pytest.raises(ValueError, match="val_00007.npy may be yours.*: move"):
+        prepare("data", story(300))
+    os.remove("data/val_00007.npy")
+    for _ in range(2):
+        prepare("data", story(300))
+    assert {pathlib.Path(name).read_text() for name in names} == {"mine"}
+    assert not os.path.exists("data/.prepare_data")
+
+
 def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch):
     def before_each_operation(event, args):
-        left[0] -= event in ("os.rename", "os.remove")
+        left[0] -= event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
         if left[0] < 0:
             raise KeyboardInterrupt
 
@@ -717,9 +797,41 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
         was_killed, left[0] = left[0] < 0, math.inf
         try:
             assert documents_in(prepare_data.open_data("data")) in whole
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             assert "prepare_data.py" in str(error)
-    assert n > 6
+    assert n > 12
+
+
+def test_an_alpaca_prompt_announces_an_input_where_there_is_one():
+    tokenizer = build_tokenizer(prepare_data.open_data("prepared")["tokenizer"])
+    for question, has_input in {"add\n\n### Input:\n1 2": True, "add 1 2": False}.items():
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.decode(prepare_data.chat_prompt(messages, tokenizer, "alpaca"))
+        assert ("paired with an input" in prompt) == has_input
+
+
+def test_what_meta_json_lacks_or_gets_wrong_is_reported_at_once(monkeypatch):
+    meta = json.loads(pathlib.Path("prepared/meta.json").read_bytes())
+    wrong = [{k: v for k, v in meta.items() if k != key} for key in meta]
+    wrong += [{**meta, "tokenizer": spec} for spec in (5, {}, {"name": "gpt9"}, {"name": "bpe"})]
+    wrong += [{**meta, "vocab_size": meta["vocab_size"] + n} for n in (-1, 1)]
+    shutil.copytree("prepared", "data")
+    for meta_now in wrong:
+        write_files({"data/meta.json": json.dumps(meta_now)})
+        with pytest.raises(ValueError, match="data .run prepare_data.py again"):
+            prepare_data.open_data("data")
+    monkeypatch.setattr("tiktoken.get_encoding", None)  # it may need the network
+    write_files({"data/meta.json": json.dumps({**meta, "tokenizer": {"name": "gpt2"}})})
+    prepare_data.open_data("data")
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(monkeypatch):
+    whole, words = documents_in(prepare("data", story(300))), "1000 requested and 4 written"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"^data could not.*{words}"):
+        patch.setattr(np, "save", lambda path, shard: path.touch() or fail(OSError(words)))
+        prepare("data", story(500))
+    assert documents_in(prepare_data.open_data("data")) == whole
+    assert not os.path.exists("data/.prepare_data")
 
 
 def test_the_default_data_is_made_only_in_an_empty_place(monkeypatch):
@@ -1060,8 +1172,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
     checkpoint, model = load_checkpoint("base"), GPT.from_pretrained("base")
     model.resize(vocab_size=100)
     gpt.save_checkpoint("best.pt", {**checkpoint, **model.checkpoint()})
-    with pytest.raises(ValueError, match="best.pt has 100 tokens, too few"):
+    with pytest.raises(ValueError, match="best.pt.*284 tokens in its tokenizer, fewer in"):
         sample.main(["--init_from=best.pt"])
+
+
+@pytest.mark.parametrize("config, complaint", [({}, "use the best.pt"), ({"config": 5}, "damaged")])
+def test_a_checkpoint_without_a_shape_is_refused(config, complaint):
+    gpt.save_checkpoint("last.pt", {"tokenizer": load_checkpoint("base")["tokenizer"], **config})
+    with pytest.raises(ValueError, match=f"last.pt.*{complaint}"):
+        sample.main(["--init_from=last.pt"])
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_complete(capsys, monkeypatch):
@@ -1499,7 +1618,7 @@ def test_a_run_stopped_before_its_first_evaluation_leaves_a_model_and_resumes(mo
         run_finetune("instruct")
     assert load_checkpoint("instruct/best.pt")["step"] == 3
     sample.main(["--init_from=instruct", "--max_new_tokens=3"])
-    finetune.main("--task=instruct --init_from=resume --out_dir=instruct".split())
+    finetune.main(["--task=instruct", "--init_from=resume", "--out_dir=instruct"])
     assert_same_run(whole[0], load_checkpoint("instruct/last.pt"))
 
 
@@ -1629,9 +1748,8 @@ def test_instruction_tuning_is_measured_and_answers_before_and_after(capsys):
     assert column("instruct", "val_perplexity") == pytest.approx(perplexities)
     answers = read_rows("instruct/responses.jsonl")
     assert all(line["after"] == line["output"] == "red" != line["before"] for line in answers)
-    test = {
-        r["instruction"] for r in rows if 0.1 <= prepare_data.hash_fraction(r["instruction"]) < 0.2
-    }
+    places = {r["instruction"]: prepare_data.hash_fraction(r["instruction"]) for r in rows}
+    test = {instruction for instruction, place in places.items() if 0.1 <= place < 0.2}
     assert {line["messages"][0]["content"] for line in answers} == test
     assert re.search(r"\ntest +loss", capsys.readouterr().out)
 
@@ -1911,6 +2029,8 @@ def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
             (parsed,) = vars(parser.parse_args([f"--{name}{form}"])).values()
             assert parsed == value and type(parsed) is kind
     assert vars(parser.parse_args([])) == {}
+    help_of = lambda config: " ".join(prepare_data.flag_parser(config, "").format_help().split())
+    assert "(default: 777)" in help_of(train.TrainConfig(max_iters=777))
 
 
 def test_help_shows_the_defaults_of_the_task(capsys):
@@ -1926,48 +2046,21 @@ def test_help_shows_the_defaults_of_the_task(capsys):
         assert finetune.read_flags([f"--task={task}", "--batch_size=3"])[0].batch_size == 3
 
 
-def lifted(path, *names):
-    """These definitions of a file, with its imports from other projects and nothing else."""
-    tree = ast.parse(pathlib.Path(train.__file__).with_name(path).read_text("utf-8"))
-    ours = ("gpt", "prepare_data", "train")
-    found, body = {}, []
-    for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = [getattr(node, "module", None) or node.names[0].name]
-            body += [node] if modules[0] not in ours else []
-        defined = [getattr(node, "name", None), *map(ast.unparse, getattr(node, "targets", []))]
-        for name in {*defined} & {*names}:
-            found[name] = node
-    assert found.keys() == {*names}
-    values = {}
-    exec(compile(ast.Module([*body, *found.values()], []), path, "exec"), values)
-    return types.SimpleNamespace(**values)
-
-
 def test_attention_and_sampling_can_be_copied_alone():
     q, k, v = torch.randn(3, 2, 4, 9, 8)
-    copied = lifted("gpt.py", "attention_weights", "attention")
+    code = copied(gpt, "attention_weights", "attention")
     fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert_close(copied.attention(q, k, v), fused)
-    copied = lifted("gpt.py", "sample", "keep_top_p")
+    assert_close(code.attention(q, k, v), fused)
+    code = copied(gpt, "sample", "keep_top_p")
     logits = torch.tensor([[0.0, 9.0, -math.inf]]).expand(50, 3)
-    assert (copied.sample(logits, top_k=2, top_p=0.9) == 1).all()
+    assert (code.sample(logits, top_k=2, top_p=0.9) == 1).all()
 
 
 def test_windows_and_schedule_can_be_copied_alone():
-    idx, targets = lifted("train.py", "Windows").Windows([np.arange(100)], 8, 100).batch(0, 5)
+    idx, targets = copied(train, "Windows").Windows([np.arange(100)], 8, 100).batch(0, 5)
     assert torch.equal(targets, idx + 1) and idx.shape == (5, 8)
     config = train.TrainConfig(learning_rate=1.0, warmup_iters=1, max_iters=9)
-    assert lifted("train.py", "learning_rate_at").learning_rate_at(1, config) == 1.0
-
-
-def test_the_bpe_can_be_copied_alone():
-    text = story(500)
-    names = ["SPLIT", "WORD_END", "END_OF_TEXT", "ROLES", "cut", "count_pieces", "train_bpe"]
-    copied = lifted("prepare_data.py", *names, "damaged", "bpe_spec", "build_tokenizer")
-    tokenizer = copied.build_tokenizer(copied.bpe_spec(copied.train_bpe([text], 300)))
-    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    assert len(tokenizer.encode_ordinary(text)) < len(text) / 2
+    assert copied(train, "learning_rate_at").learning_rate_at(1, config) == 1.0
 
 
 def test_each_objective_can_be_copied_alone():
@@ -1982,10 +2075,10 @@ def test_each_objective_can_be_copied_alone():
         "gae": (a.view(2, 3), b.view(2, 3), mask),
     }
     for name, values in calls.items():
-        ours, copied = getattr(finetune, name), getattr(lifted("finetune.py", name), name)
-        assert_equal(copied(*values), ours(*values))
+        ours, alone = getattr(finetune, name), getattr(copied(finetune, name), name)
+        assert_equal(alone(*values), ours(*values))
     linear, x = torch.nn.Linear(4, 5), torch.randn(3, 4)
-    adapted = lifted("finetune.py", "LoRALinear").LoRALinear(linear, rank=2, alpha=4)
+    adapted = copied(finetune, "LoRALinear").LoRALinear(linear, rank=2, alpha=4)
     assert_equal(adapted(x), linear(x))
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained == ["lora_A", "lora_B"]
@@ -2005,6 +2098,8 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (prepare_data, "meta.json", "other.txt --out=object", "other.txt --out=list"),
     (prepare_data, "meta.json", "other.txt --out=words"),
     (prepare_data, "another run", "other.txt --out=locked"),
+    (prepare_data, "FLAG=100: must be 256 or more", "--vocab_size=100"),
+    (prepare_data, "FLAG=0: must be 1 or more", "--bpe_sample_mb=0", "--min_chars=0"),
     (train, "another run", "--out_dir=locked"),
     (train, "", f"--seed={LARGE}", f"--max_iters={LARGE}", "--n_embd=10000000"),
     (train, "argument FLAG: invalid", "--compile=", "--n_layer=two", "--learning_rate=nan"),
@@ -2072,6 +2167,7 @@ def test_the_impossible_is_refused_and_changes_no_file(script, says, flags, caps
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(says.replace("FLAG", flags.partition("=")[0]), line)
+    assert re.search(r" error: argument | \(\w+\.py:\d+\)$", line)
     assert files() == before
 
 
@@ -2080,17 +2176,48 @@ def test_scripts_end_bad_input_with_code_2_and_run_with_closed_streams_or_a_read
         process = start(command, stderr=subprocess.PIPE)
         (line,) = process.communicate(timeout=60)[1].splitlines()
         assert "nowhere" in line and process.returncode == 2
+    process = start("-X dev -m train --data=nowhere", stderr=subprocess.PIPE)
+    assert re.search("(?s)Traceback.*Error: --data=nowhere", process.communicate(timeout=60)[1])
     command = "-m sample --init_from=base --max_new_tokens=3000 --temperature=2 --top_k=0"
     subprocess.run(
         f"'{sys.executable}' {command} --max_new_tokens=9 >&- 2>&-", shell=True, check=True
     )
     chat = f"'{sys.executable}' {command} --chat <&-"
-    closed = subprocess.run(chat, shell=True, capture_output=True, text=True)
+    closed = subprocess.run(chat, check=False, shell=True, capture_output=True, text=True)
     assert closed.returncode == 2 and len(closed.stderr.splitlines()) == 1
     process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_the_line_ends_with_the_place_where_reading_failed(capsys):
+    write_files({"data/meta.json": "[]"})
+    with pytest.raises(SystemExit):
+        prepare_data.script(lambda: prepare_data.open_data("data"))
+    place = re.search(r"TypeError.* \(prepare_data.py:(\d+)\)$", capsys.readouterr().err)
+    assert 'meta["format"]' in linecache.getline(prepare_data.__file__, int(place[1]))
+    error = ValueError("bad")
+    error.__cause__ = OSError()  # which a library caught, so that none of our lines is in it
+    with pytest.raises(SystemExit):
+        prepare_data.script(lambda: fail(error))
+    assert re.search(r": bad \(test_gpt.py:\d+\)$", capsys.readouterr().err)
+
+
+MISTAKES = [KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError]
+ACCIDENTS = [ValueError, MemoryError, OverflowError, OSError, torch.OutOfMemoryError]
+
+
+@pytest.mark.parametrize("kind", [*MISTAKES, RuntimeError, *ACCIDENTS])
+def test_a_mistake_in_the_code_keeps_its_traceback(kind):
+    with pytest.raises(SystemExit if kind in ACCIDENTS else kind):
+        prepare_data.script(lambda: fail(kind("out of memory" if kind in ACCIDENTS else "")))
+
+
+def test_notebooks_and_file_systems_without_locks_do_no_harm(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=len, flush=int))
+    monkeypatch.setattr("fcntl.flock", lambda *_: fail(OSError(38, "ENOSYS")))
+    prepare_data.script(prepare_data.lock("folder").close)
 
 
 def test_a_checkpoint_is_read_without_running_code_and_replaced_only_by_a_whole_one(monkeypatch):
