@@ -39,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 import prepare_data
 import train
 from gpt import GPT, cross_entropy, load_checkpoint
-from prepare_data import ALPACA, clean, damaged, hash_fraction, library_docstrings, write_file
+from prepare_data import ALPACA, HELD_OUT, clean, damaged, hash_fraction, library_docstrings
 
 # --- objectives -----------------------------------------------------------------------------------
 
@@ -208,8 +208,8 @@ class Task:
     writes_text = True  # after training, rather than giving a label or a score
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
 
-    def __init__(self, config, machine, base, splits=("train", "val", "test")):
-        """base is the checkpoint that training starts from; without splits, no file is read."""
+    def __init__(self, config, machine, base, has_examples=True):
+        """base is the checkpoint that training starts from."""
         self.config, self.machine, self.base = config, machine, base
         self.spec, self.tokenizer = prepare_data.load_tokenizer(base, config.init_from)
         self.end = self.tokenizer.eot_token
@@ -222,7 +222,7 @@ class Task:
         self.template = config.template or base.get("template") or default
         self.too_long = 0  # rows that were truncated
         self.measured = collections.defaultdict(list)  # see train()
-        self.splits = read_examples(self) if splits else {}
+        self.splits = read_examples(self) if has_examples else {}
         # what a resumed run reads again, and must not have changed
         self.inputs = {"examples": hashlib.sha256(repr(self.splits).encode()).hexdigest()}
         self.model = nn.ModuleDict({"gpt": self.gpt})
@@ -304,6 +304,7 @@ class Task:
         return [[self.batch(step * count + i) for i in range(count)]]
 
     def loss(self, batch):
+        """The sum of the losses; the other terms are recorded for metrics.csv."""
         terms = self.terms(batch)
         loss = terms.pop("loss").sum()
         self.record(**terms)
@@ -314,6 +315,7 @@ class Task:
         return len(batch)
 
     def tokens(self, batch):
+        """The number of tokens that these examples have."""
         return sum(len(idx) for example in batch for idx, _ in example["rows"])
 
     def record(self, **values):
@@ -458,7 +460,7 @@ class Classify(Task):
         if folder:
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows)
-            write_file(folder / "predictions.csv", text.getvalue().encode())
+            prepare_data.write_file(folder / "predictions.csv", text.getvalue().encode())
 
     def predict(self, text):
         example = self.encode({self.config.text_field: text, self.config.label_field: "?"})
@@ -526,7 +528,7 @@ class DPO(Task):
 
     def set_up(self):
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
-        self.inputs["init_from"] = digest(self.reference)
+        self.inputs["init_from"] = digest(self.gpt)
 
     def terms(self, examples):
         idx, targets, _ = self.collate(examples)  # chosen and rejected answers in turn
@@ -596,10 +598,10 @@ class Policy(Task):
     def set_up(self):
         path = self.config.reward_model
         config = FinetuneConfig(task="reward", init_from=path, eval_only=True, batch_size=16)
-        self.reward = Reward(config, self.machine, load_checkpoint(path), splits=())
-        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
-        self.inputs["init_from"] = digest(self.reference)
+        self.reward = Reward(config, self.machine, load_checkpoint(path), has_examples=False)
+        self.inputs["init_from"] = digest(self.gpt)
         self.inputs["reward_model"] = digest(self.reward.model)
+        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
         # prompt and answer must fit the context together, as the model reads them in training
         self.max_new_tokens = min(self.max_new_tokens, self.block_size // 2)
 
@@ -778,9 +780,9 @@ def split_of(group, config):
     if config.eval_only and config.data:
         return "test"
     place = hash_fraction(group)
-    if place < 0.1 and not config.val:
+    if place < HELD_OUT and not config.val:
         return "val"
-    return "test" if 0.1 <= place < 0.2 and not config.test else "train"
+    return "test" if HELD_OUT <= place < 2 * HELD_OUT and not config.test else "train"
 
 
 def read_rows(path, columns=()):
@@ -993,7 +995,7 @@ def write_answers(folder, examples, before, after):
         print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
     if lines:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_file(folder / "responses.jsonl", text.encode())
+        prepare_data.write_file(folder / "responses.jsonl", text.encode())
 
 
 def main(argv=None):
@@ -1010,8 +1012,7 @@ def main(argv=None):
         raise ValueError("finetune.py runs as a single process: start it without torchrun")
     base = load_checkpoint(config.init_from)
     torch.manual_seed(config.seed)
-    splits = () if config.predict else ("train", "val", "test")
-    task = TASKS[config.task](config, machine, base, splits)
+    task = TASKS[config.task](config, machine, base, has_examples=not config.predict)
     if config.predict:
         return task.predict(config.predict)
     if config.eval_only:
