@@ -609,20 +609,31 @@ class Policy(Task):
         example = conversation_of(row)
         return {**example, "rows": [(self.prompt(example["messages"]), [])]}
 
+    def count(self, batch):
+        return int((batch["targets"] != -100).sum())
+
+    tokens = count
+
+    def measure(self, split):
+        """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
+        torch.manual_seed(0)  # the same samples in every evaluation; train() seeds again
+        rollout = self.rollout(up_to_100(self.splits[split]))
+        score, kl = rollout["scores"].mean().item(), rollout["kl"].mean().item()
+        return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
+
     def rollout(self, examples):
         """Samples an answer to each prompt from the policy π, without top_k or top_p. Returns
 
         idx, targets           (B, T): prompts with answers; targets are -100 but for the answers
         log_probs, reference   (B, T): log π and log ρ of the targets, 0 elsewhere
-        values                 (B, T): PPO's guess of the score to come
-        scores, kl, ended      (B,): kl estimates KL(π, ρ); its mean over samples is the KL
+        values                 (B, T): PPO's guesses of the score to come
+        scores, ended, kl      (B,): kl is an estimate; its mean over samples is KL(π, ρ)
         """
         prompts = [example["rows"][0][0] for example in examples]
         answers = sample_answers(self, prompts)
-        texts = [text_of_answer(self, answer) for answer in answers]
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
-        scores = self.reward.score(zip((e["messages"] for e in examples), texts))
-        scores = scores + self.unfinished * ~ended
+        texts = [(e["messages"], text_of_answer(self, a)) for e, a in zip(examples, answers)]
+        scores = self.reward.score(texts) + self.unfinished * ~ended
         parts = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
         scores, ended = self.machine.put(scores, ended)
@@ -636,6 +647,7 @@ class Policy(Task):
         return {**rollout, "log_probs": log_probs, "reference": reference, "kl": kl}
 
     def updates(self, step):
+        """Rollout, credit, and the parts of both to train on."""
         examples = [e for e in self.batch(step) for _ in range(self.config.group_size)]
         rollout = self.rollout(examples)  # reproducible, as train() seeds every step
         rollout |= self.credit(rollout)
@@ -646,18 +658,6 @@ class Policy(Task):
             for part in torch.randperm(len(examples)).tensor_split(min(self.parts, len(examples))):
                 updates.append([{name: tensor[part] for name, tensor in rollout.items()}])
         return updates
-
-    def count(self, batch):
-        return int((batch["targets"] != -100).sum())
-
-    tokens = count
-
-    def measure(self, split):
-        """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
-        torch.manual_seed(0)  # the same samples in every evaluation; train() seeds again
-        rollout = self.rollout(up_to_100(self.splits[split]))
-        score, kl = rollout["scores"].mean().item(), rollout["kl"].mean().item()
-        return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
 
 class GRPO(Policy):
