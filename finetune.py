@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
 import train
-from gpt import GPT, cross_entropy, load_checkpoint
+from gpt import GPT, cross_entropy, load_checkpoint, sample
 from prepare_data import ALPACA, HELD_OUT, clean, damaged, hash_fraction, library_docstrings
 
 # --- objectives -----------------------------------------------------------------------------------
@@ -268,6 +268,9 @@ class Task:
         last = torch.tensor([len(row) - 1 for row in idx])
         idx = pad_sequence(idx, batch_first=True, padding_value=self.end)
         targets = pad_sequence(targets, batch_first=True, padding_value=-100)
+        # oneDNN compiles its kernels anew for each length, so there should be few
+        more = min(-idx.size(1) % 16, self.block_size - idx.size(1))
+        idx, targets = F.pad(idx, (0, more), value=self.end), F.pad(targets, (0, more), value=-100)
         return self.machine.put(idx, targets, last)
 
     def add_head(self, outputs, std):
@@ -368,17 +371,29 @@ def token_log_probs(gpt, idx, targets):
 
 
 def sample_answers(task, prompts, temperature=1.0):
-    """The model's answers to these prompts, in tokens, up to and including the end token."""
-    answers = {}
-    for length in sorted(set(map(len, prompts))):  # prompts of equal length need no padding
-        some = {i: prompt for i, prompt in enumerate(prompts) if len(prompt) == length}
-        (idx,) = task.machine.put(torch.tensor([*some.values()]))
-        limits = (task.max_new_tokens, temperature)
-        steps = task.gpt.eval().generate(idx, *limits, stop_token=task.end)
-        for i, tokens in zip(some, torch.stack([*steps], dim=1).tolist()):
-            end = tokens.index(task.end) + 1 if task.end in tokens else len(tokens)
-            answers[i] = tokens[:end]
-    return [answers[i] for i in range(len(prompts))]
+    """The model's answers to these prompts, in tokens, up to and including the end token. Prompts
+    of different lengths go through the model side by side: while some are still being read, the
+    answers to shorter ones are already being written."""
+    (idx,) = task.machine.put(pad_sequence(list(map(torch.tensor, prompts)), True, -1))  # -1: open
+    start, end = 0, min(map(len, prompts))
+    length = min(idx.size(1) + task.max_new_tokens, task.block_size)
+    idx = F.pad(idx, (0, length - idx.size(1)), value=-1)  # (B, length)
+    cache, gpt = task.gpt.new_cache(len(idx), length), task.gpt.eval()
+    ended = torch.zeros_like(idx[:, 0], dtype=torch.bool)
+    with torch.inference_mode(), task.machine.autocast():
+        while end < length and not ended.all():
+            x = gpt.hidden(idx[:, start:end], cache, start)
+            token = sample(gpt.lm_head(x[:, -1]), temperature)
+            is_open = idx[:, end] < 0
+            idx[:, end] = torch.where(is_open, token, idx[:, end])
+            ended |= is_open & (token == task.end)
+            start, end = end, end + 1
+    answers = []
+    for prompt, row in zip(prompts, idx.tolist()):
+        answer = row[len(prompt) : len(prompt) + task.max_new_tokens]
+        stop = answer.index(task.end) + 1 if task.end in answer else len(answer)
+        answers.append(answer[:stop])
+    return answers
 
 
 def text_of_answer(task, answer):
@@ -980,7 +995,9 @@ def up_to_100(examples):
 
 def answer_held_out(task):
     """The model's likeliest answers to up to 100 held-out prompts: (examples, texts)."""
-    examples = up_to_100(task.splits["test"] or task.splits["val"]) if task.writes_text else []
+    if not task.writes_text:
+        return [], []
+    examples = up_to_100(task.splits["test"] or task.splits["val"])
     answers = sample_answers(task, [task.prompt(e["messages"]) for e in examples], temperature=0)
     return examples, [text_of_answer(task, answer) for answer in answers]
 
