@@ -95,6 +95,8 @@ def a_folder_of_its_own(made_once, tmp_path, monkeypatch):
         os.symlink(made_once / name, name)
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(train.__file__))  # for python -m train
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    for device in (torch.cuda, torch.backends.mps):  # these tests are about the CPU
+        monkeypatch.setattr(device, "is_available", lambda: False)
     torch.manual_seed(0)
     torch.set_num_threads(1)  # such small tensors are not worth a second
 
