@@ -43,21 +43,21 @@ from prepare_data import ALPACA, HELD_OUT, clean, damaged, hash_fraction, librar
 
 # --- objectives -----------------------------------------------------------------------------------
 
-# What the methods below minimize. Log-probabilities are of whole answers (N,) or of tokens, of any
-# shape; π is the model that is trained, ρ the reference, which stays as it was.
+# What the methods below minimize. π is the policy, the model that is being trained; ρ is the
+# reference, the model as it was before (π_ref in the papers).
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1):
     """Direct preference optimization (Rafailov et al. 2023, equation 7): −log σ(margin), where
-    margin = β[log π/ρ (chosen) − log π/ρ (rejected)]. Takes log-probabilities of answers, (N,).
-    Returns the losses and the margins, (N,)."""
+    margin = β[log π/ρ (chosen) − log π/ρ (rejected)]. Takes the log-probabilities of whole answers,
+    (N,), under π and under ρ; returns the losses and the margins, each (N,)."""
     margins = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
     return -F.logsigmoid(margins), margins
 
 
 def reward_loss(chosen, rejected):
-    """The model of Bradley and Terry: −log σ(chosen − rejected), from the scores of both answers,
-    (N,) -> (N,). (Ouyang et al. 2022, equation 1, with K = 2: two answers to each prompt.)"""
+    """The Bradley-Terry model: −log σ(chosen − rejected), for the scores of both answers, each (N,);
+    returns (N,). (Ouyang et al. 2022, equation 1, with K = 2 answers to each prompt.)"""
     return -F.logsigmoid(chosen - rejected)
 
 
@@ -90,8 +90,8 @@ def clipped_loss(log_probs, old_log_probs, advantages, clip=0.2):
 
 
 def kl_estimate(log_probs, reference_log_probs):
-    """An estimate of the KL divergence of π from ρ at each token that π sampled, never negative:
-    ρ/π − log ρ/π − 1 (Shao et al. 2024, equation 4)."""
+    """An estimate of KL(π‖ρ) at each token that π sampled, which is never negative:
+    ρ/π − log ρ/π − 1 (Shao et al. 2024, equation 4). Takes log-probabilities of any shape."""
     log_ratio = reference_log_probs - log_probs
     return log_ratio.exp() - log_ratio - 1
 
@@ -101,12 +101,14 @@ def kl_estimate(log_probs, reference_log_probs):
 
 class LoRALinear(nn.Linear):
     """y = W x + (alpha / rank) B A x, where W is frozen and only the small A and B are trained (Hu
-    et al. 2021, section 4.1). B starts at zero, so nothing changes at first; A as in the authors'
-    code (the paper draws it from a Gaussian). Replaces a linear layer, whose weight and bias it
-    shares and freezes."""
+    et al. 2021, section 4.1). B starts at zero, so nothing changes at first; A is initialized as
+    in the authors' code (in the paper, from a Gaussian). Replaces a linear layer, whose weight and
+    bias it shares and freezes."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
-        super().__init__(linear.in_features, linear.out_features, device="meta")  # no memory
+        super().__init__(
+            linear.in_features, linear.out_features, device="meta"
+        )  # allocates nothing
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
@@ -120,14 +122,14 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(gpt, rank, alpha, dropout):
-    """Gives each projection of attention and MLP its pair of small matrices."""
+    """Replaces every linear layer in the blocks by a LoRALinear. (The paper adapts attention only.)"""
     for name, module in list(gpt.transformer.h.named_modules()):
         if isinstance(module, nn.Linear):
             gpt.transformer.h.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
 
 
 def merged_weights(gpt):
-    """The state_dict of the same model without LoRA."""
+    """The state_dict of an equivalent plain GPT, with the product of A and B added to each W."""
     weights = {name: w for name, w in gpt.state_dict().items() if "lora_" not in name}
     for name, module in gpt.named_modules():
         if isinstance(module, LoRALinear):
@@ -537,7 +539,7 @@ class Choice(Task):
 
 
 class DPO(Task):
-    """Makes the chosen answers more likely than the rejected, but stays close to the reference."""
+    """Makes the chosen answers more likely than the rejected ones, compared to the reference."""
 
     columns = ("chosen", "rejected")
 
@@ -557,8 +559,9 @@ class DPO(Task):
 
 
 class Reward(Task):
-    """Scores answers; higher is better. In best.pt, and so in the final report, the scores of the
-    training answers have mean 0 and standard deviation 1, which gives ppo and grpo a known scale."""
+    """Scores answers; higher is better. In best.pt, the head is rescaled so that the scores of the
+    training answers have mean 0 (as in the paper) and standard deviation 1 (our own choice), which
+    gives ppo and grpo a known scale. The final report uses best.pt."""
 
     columns = ("chosen", "rejected")
     writes_text = False
@@ -598,16 +601,16 @@ class Reward(Task):
 class Policy(Task):
     """Learns to write answers that a reward model scores highly, but stays close to the reference,
     the initial model. A step samples answers to some prompts and scores them (rollout), turns the
-    scores into an advantage for each token (credit), and trains on shuffled parts of the rollout,
-    several times (updates, loss).
+    scores into an advantage for each token (credit), and trains several times on shuffled parts of
+    the rollout (updates, loss).
 
-    Simpler than InstructGPT (Ouyang et al. 2022): PPO's value function is a head on the policy,
-    since a separate model would double the cost; there is no pretraining loss (PPO-ptx), since the
-    KL penalty is enough at this size; and prompts come from a file.
+    Simpler than InstructGPT (Ouyang et al. 2022): PPO's critic is a head on the policy, which
+    starts at zero, since a model of its own would double the cost; there is no pretraining loss
+    (PPO-ptx), since the KL penalty is enough at this size; and prompts come from a file.
     """
 
     curves = ("score", "val_score")
-    passes, parts = 4, 4  # passes over a step's answers; updates in each pass
+    epochs, minibatches = 4, 4  # passes over a step's answers; updates in each pass
     unfinished = -1.0  # added to the score of an answer that does not end
 
     def set_up(self):
@@ -622,7 +625,8 @@ class Policy(Task):
 
     def encode(self, row):
         example = conversation_of(row)
-        return {**example, "rows": [(self.prompt(example["messages"]), [])]}
+        prompt = self.prompt(example["messages"])
+        return {**example, "prompt": prompt, "rows": [(prompt, [])]}
 
     def count(self, batch):
         return int((batch["targets"] != -100).sum())
@@ -637,20 +641,20 @@ class Policy(Task):
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
     def rollout(self, examples):
-        """Samples an answer to each prompt from the policy π, without top_k or top_p. Returns
+        """Samples an answer to each prompt from π, at temperature 1, and scores it. Returns
 
-        idx, targets           (B, T): prompts with answers; targets are -100 but for the answers
+        idx, targets           (B, T): prompts with answers; targets are -100 outside the answers
         log_probs, reference   (B, T): log π and log ρ of the targets, 0 elsewhere
-        values                 (B, T): PPO's guesses of the score to come
-        scores, ended, kl      (B,): kl is an estimate; its mean over samples is KL(π, ρ)
+        values                 (B, T): what the critic predicts (PPO only)
+        scores, ended, kl      (B,): kl is an unbiased estimate of KL(π‖ρ) from one sample
         """
-        prompts = [example["rows"][0][0] for example in examples]
+        prompts = [example["prompt"] for example in examples]
         answers = sample_answers(self, prompts)
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
         texts = [(e["messages"], text_of_answer(self, a)) for e, a in zip(examples, answers)]
         scores = self.reward.score(texts) + self.unfinished * ~ended
-        parts = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
-        idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in parts])
+        pairs = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
+        idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in pairs])
         scores, ended = self.machine.put(scores, ended)
         rollout = {"idx": idx, "targets": targets, "scores": scores, "ended": ended}
         with torch.no_grad(), self.machine.autocast():  # sample_answers() turned dropout off
@@ -662,25 +666,26 @@ class Policy(Task):
         return {**rollout, "log_probs": log_probs, "reference": reference, "kl": kl}
 
     def updates(self, step):
-        """Rollout, credit, and the parts of both to train on."""
+        """Samples and scores answers, computes their advantages, and splits them into minibatches,
+        one for each update."""
         examples = [e for e in self.batch(step) for _ in range(self.config.group_size)]
         rollout = self.rollout(examples)  # reproducible, as train() seeds every step
         rollout |= self.credit(rollout)
         self.record(score=rollout["scores"], kl=rollout["kl"], ended=rollout["ended"])
         self.record(length=(rollout["targets"] != -100).sum(1))
         updates = []
-        for _ in range(self.passes):
-            for part in torch.randperm(len(examples)).tensor_split(min(self.parts, len(examples))):
-                updates.append([{name: tensor[part] for name, tensor in rollout.items()}])
+        for _ in range(self.epochs):
+            shuffled = torch.randperm(len(examples))
+            for rows in shuffled.tensor_split(min(self.minibatches, len(examples))):
+                updates.append([{name: tensor[rows] for name, tensor in rollout.items()}])
         return updates
 
 
 class GRPO(Policy):
-    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): several answers to a
-    prompt are sampled and compared. GRPO suits cheap sampling; PPO, whose critic learns from every
-    answer, suits expensive answers. Departs from the paper, which averages the loss over the
-    tokens of each answer, then over answers, and makes one update per rollout: here, every token
-    weighs the same, and there are passes × parts updates."""
+    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): samples several answers
+    to each prompt and compares each to its group. The paper averages the loss over the tokens of
+    each answer, then over answers, and makes one update per rollout; here, every token weighs the
+    same, and there are epochs × minibatches updates."""
 
     def credit(self, rollout):
         """All tokens of an answer get its advantage."""
@@ -688,7 +693,7 @@ class GRPO(Policy):
         return {"advantages": advantages[:, None] * (rollout["targets"] != -100)}
 
     def loss(self, batch):
-        """The clipped loss plus β times the KL from the reference."""
+        """The clipped loss plus β times the KL divergence from the reference."""
         mask = batch["targets"] != -100
         log_probs, _ = token_log_probs(self.gpt, batch["idx"], batch["targets"])
         losses, clipped = clipped_loss(log_probs, batch["log_probs"], batch["advantages"])
@@ -698,9 +703,9 @@ class GRPO(Policy):
 
 
 class PPO(Policy):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): a critic predicts
-    the score to come at each token, so that each token gets its own advantage. Departs from the
-    paper's equation 9 in that there is no entropy term."""
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): a critic predicts, at
+    each token, the reward still to come, so that each token gets its own advantage. Unlike equation
+    9 of Schulman et al., the loss has no entropy term."""
 
     def set_up(self):
         super().set_up()
@@ -708,10 +713,10 @@ class PPO(Policy):
 
     def credit(self, rollout):
         """Each token costs β (log π − log ρ); the last one earns the score. The advantages get
-        mean 0 and variance 1; the returns are what the critic should have predicted."""
+        mean 0 and variance 1; the returns are the critic's targets."""
         mask = rollout["targets"] != -100
         rewards = self.config.beta * (rollout["reference"] - rollout["log_probs"])
-        last = mask.cumsum(1).argmax(1)  # where each answer ends
+        last = mask.cumsum(1).argmax(1)  # the count of answer tokens first peaks at the last one
         rewards[torch.arange(len(rewards)), last] += rollout["scores"]
         values = rollout["values"] * mask
         advantages = gae(rewards, values, mask)
@@ -1004,9 +1009,9 @@ def answer_held_out(task):
 
 def write_answers(folder, examples, before, after):
     """Prints a few answers from before and after training and writes all to responses.jsonl."""
-    lines = []
+    lines, hidden = [], ("rows", "group", "text", "prompt")
     for example, *answers in zip(examples, before, after):
-        said = {k: example[k] for k in example if k not in ("rows", "group", "text")}
+        said = {k: example[k] for k in example if k not in hidden}
         lines.append({**said, **dict(zip(("before", "after"), answers))})
     for line in lines[:5]:
         print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")

@@ -192,24 +192,25 @@ def resolve(config, machine, model, **chosen):
 class Windows:
     """An endless, reproducible sequence of windows: block_size + 1 consecutive tokens of a shard.
 
-    An epoch cuts every shard into windows that lie block_size tokens apart, so that each token is
-    predicted once, and shuffles them. The first windows begin at a random offset, the same in all
-    shards (the phase), so that every epoch cuts elsewhere. The n-th window depends on seed and n
-    alone: a run can resume at any step, and several processes can share the sequence.
+    An epoch cuts every shard into windows that begin block_size tokens apart, so that no token is
+    predicted twice, and shuffles them. It draws a random offset, the phase, at which the first
+    window of each shard begins, so that the cuts differ between epochs; up to 2 * block_size tokens
+    at the ends of a shard are left out, different ones each time. The n-th window depends on seed
+    and n alone: a run can resume at any step, and several processes can share the sequence.
     """
 
     def __init__(self, arrays, block_size, vocab_size, seed=0):
         self.arrays, self.block_size, self.vocab_size = arrays, block_size, vocab_size
         self.seed, self.epoch = seed, None
-        self.first = [0]  # the number of each shard's first window; at the end, that of all windows
+        self.offsets = [0]  # the index of each shard's first window; the last entry is the total
         for array in arrays:
             fitting = (len(array) - 1) // block_size
-            # one less makes room for the phase; a single window stays where it fits: see read()
-            self.first.append(self.first[-1] + (fitting - 1 if fitting > 1 else fitting))
-        self.per_epoch = self.first[-1]
+            # one fewer leaves room for the phase; if only one fits, read() limits where it starts
+            self.offsets.append(self.offsets[-1] + (fitting - 1 if fitting > 1 else fitting))
+        self.per_epoch = self.offsets[-1]
 
     def batch(self, first, count):
-        """Windows first ... first + count - 1 of the sequence -> idx, targets: see stack()."""
+        """Windows first to first + count - 1 of the sequence, as idx and targets: see stack()."""
         windows = []
         for n in range(first, first + count):
             epoch, i = divmod(n, self.per_epoch)
@@ -222,9 +223,9 @@ class Windows:
         return self.stack(windows)
 
     def read(self, window, phase=0):
-        """The tokens of the window with this number in an epoch with this phase."""
-        shard = bisect.bisect_right(self.first, window) - 1  # which shard
-        start = (window - self.first[shard]) * self.block_size + phase  # where in it
+        """The tokens of a window, by its index before shuffling, in an epoch with this phase."""
+        shard = bisect.bisect_right(self.offsets, window) - 1  # which shard
+        start = (window - self.offsets[shard]) * self.block_size + phase  # where in it
         start = min(start, len(self.arrays[shard]) - self.block_size - 1)
         return self.arrays[shard][start : start + self.block_size + 1]
 
@@ -232,7 +233,7 @@ class Windows:
         """Windows -> idx and targets (the next tokens), each (B, T) int64."""
         batch = torch.from_numpy(np.stack(windows).astype(np.int64))
         if batch.max() >= self.vocab_size:
-            raise ValueError(f"a shard is damaged: token {batch.max()} of {self.vocab_size}")
+            raise ValueError(f"a shard is damaged: it has token {batch.max()}")
         return batch[:, :-1], batch[:, 1:]
 
 
@@ -328,19 +329,21 @@ def perplexity(loss):
 
 def train(config, machine, task, saved=None):
     """Trains task.model for max_iters steps, or until a signal or config.patience ends it. saved is
-    the last.pt to resume from; the model has its weights already.
+    the last.pt to resume from; the model already has its weights. A task has
 
-    task.updates(step)      the updates of a step, each a list of batches whose gradients are added
-    task.loss(batch)        the sum of the batch's losses; task.count(batch), their number, and
-                            task.tokens(batch), that of its tokens
-    task.evaluate()         {"val_loss": ..., and other columns of metrics.csv}
-    task.checkpoint()       what last.pt holds besides the state of the run
-    task.best_checkpoint()  what best.pt holds
-    task.measured           {column: [a tensor of each update since the last report]}
-    task.curves             the columns that loss.png shows
+    updates(step)           the updates of a step, each a list of batches to accumulate gradients of
+    loss(batch)             the sum of the batch's losses
+    count(batch)            the number of these losses
+    tokens(batch)           the number of tokens in the batch
+    evaluate()              {"val_loss": ..., and other columns of metrics.csv}
+    checkpoint()            what last.pt holds besides the state of the run
+    best_checkpoint()       what best.pt holds
+    model, lr_scales        see configure_optimizer()
+    measured, curves        {column: [one tensor per update since the last report]}; the columns
+                            that loss.png shows
     """
-    rates = (config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
-    optimizer = configure_optimizer(task.model, *rates, task.lr_scales)
+    hyperparameters = (config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
+    optimizer = configure_optimizer(task.model, *hyperparameters, task.lr_scales)
     state, clock = restore(saved, config, optimizer, machine.scaler), time.perf_counter()
     with stop_signals(machine) as signals:
         while state["step"] < config.max_iters:
@@ -350,8 +353,8 @@ def train(config, machine, task, saved=None):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(state["step"], config) * group["lr_scale"]
             machine.seed(config.seed, state["step"])
-            for batches in task.updates(state["step"]):  # one a step; ppo and grpo make several
-                task.model.train()  # evaluating and sampling turn dropout off
+            for batches in task.updates(state["step"]):  # one per step; ppo and grpo make several
+                task.model.train()  # evaluating and sampling leave it in eval mode
                 count, total = sum(map(task.count, batches)), 0.0
                 for batch in batches:  # gradient accumulation
                     if machine.world_size > 1:  # average gradients over processes only at the end
@@ -361,7 +364,8 @@ def train(config, machine, task, saved=None):
                     machine.scaler.scale(loss).backward()
                     total += loss.detach()
                 machine.scaler.unscale_(optimizer)
-                norm = clip_grad_norm_(task.model.parameters(), config.grad_clip or math.inf)
+                limit = config.grad_clip or math.inf  # 0: no clipping
+                norm = clip_grad_norm_(task.model.parameters(), limit)
                 machine.scaler.step(optimizer)  # skipped if float16 gradients overflowed
                 machine.scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -379,7 +383,8 @@ def train(config, machine, task, saved=None):
                 clock = time.perf_counter()  # evaluation is not timed
             if interrupted:
                 print(f"\nsaved step {state['step']}; --init_from=resume continues from there")
-                raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+                number = signals[0] if signals else signal.SIGTERM  # if another process caught it
+                raise SystemExit(128 + number)
 
 
 def configure_optimizer(model, learning_rate, weight_decay, betas, scales=None):
