@@ -89,9 +89,8 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
                         text = html_to_text(text)
                     yield str(path), text
                 except ValueError as error:  # html.unescape raises it, too
-                    is_latin = isinstance(error, UnicodeDecodeError)
-                    hint = "; if it is text: iconv -f latin1 -t utf-8" if is_latin else ""
-                    skip(f"{path}, document at byte {offset}: {error}{hint}")
+                    hint = "if it is text but not UTF-8: iconv -f latin1 -t utf-8"
+                    skip(f"{path}, document at byte {offset}: {error}; {hint}")
         except OSError as error:
             skip(f"{path}: {error.strerror}")
 
@@ -256,9 +255,9 @@ def hash_fraction(key):
 
 
 def split_documents(files, config, skip, dropped):
-    """Yields (split, text) of every distinct document, cleaned. Its hash decides the split, but a
-    document longer than 1/200 of the input is cut, and its last tenth is val. The manual is split
-    by module, as in finetune.py, whose test split is in val here. dropped counts the rest."""
+    """Yields (split, text) of each distinct document, cleaned; dropped counts the others. A hash of
+    the text decides the split, but of a document longer than 1/200 of the input, the last tenth is
+    val. The manual is split by module, as in finetune.py, whose test split is in val here."""
     large = max(4, sum(path.stat().st_size for path in files) / 200)  # of 4, a tenth is nothing
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # the hashes of all documents so far, 83 bytes each
@@ -573,8 +572,8 @@ def write_shards(documents, tokenizer, folder):
     for split in splits:
         if waiting[split]:
             flush(split)
-    sizes = {"vocab_size": tokenizer.n_vocab, "dtype": dtype}
-    return {"format": 2, **sizes, "digest": digest.hexdigest(), "splits": splits}
+    meta = {"format": 2, "vocab_size": tokenizer.n_vocab, "dtype": dtype}
+    return {**meta, "digest": digest.hexdigest(), "splits": splits}
 
 
 def old_shards(folder):
@@ -585,10 +584,9 @@ def old_shards(folder):
         splits = json.loads(meta.read_bytes())["splits"].values() if meta.exists() else []
         listed = [name for split in splits for name in split["shards"]]
     shards = [path for path in folder.glob("*.npy") if SHARD_NAME.fullmatch(path.name)]
-    for path in shards:
-        if path.name not in listed:
-            hint = "move or delete it, or name another folder"
-            raise ValueError(f"{path} may be yours, as meta.json does not list it: {hint}")
+    if others := [path for path in shards if path.name not in listed]:
+        hint = "move or delete it, or name another folder"
+        raise ValueError(f"{others[0]} may be yours, as meta.json does not list it: {hint}")
     return shards
 
 
@@ -657,6 +655,7 @@ def prepare(inputs, config):
     if inputs and not files:
         raise ValueError(skipped[0] if skipped else f"{', '.join(inputs)}: no files found")
     if config.tokenizer == "bpe":  # the second pass reports what is skipped and dropped
+        print("training the vocabulary", flush=True)
         documents = split_documents(files, config, lambda reason: None, collections.Counter())
         spec = train_tokenizer(documents, sum(path.stat().st_size for path in files), config)
     elif os.path.isdir(config.tokenizer):
@@ -668,6 +667,7 @@ def prepare(inputs, config):
     new = folder / ".prepare_data"
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     new.mkdir()
+    print("encoding the text", flush=True)
     try:
         meta = write_shards(documents, tokenizer, new)
         if not all(split["bytes"] for split in meta["splits"].values()):
@@ -764,13 +764,13 @@ def script(main):
 
 def place_of(error):
     """Where in these scripts an error, or its first cause, was raised: "train.py:181"."""
-    frames = []
     while error:
-        frames += traceback.extract_tb(error.__traceback__)
+        for frame in traceback.extract_tb(error.__traceback__):
+            folder, name = os.path.split(frame.filename)
+            if folder == os.path.dirname(__file__):
+                place = f"{name}:{frame.lineno}"
         error = error.__cause__
-    here = os.path.dirname(__file__)
-    ours = [frame for frame in frames if os.path.dirname(frame.filename) == here]
-    return f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}"
+    return place
 
 
 def lock(folder):
