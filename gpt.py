@@ -19,8 +19,8 @@ import math
 import os
 import pathlib
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
+from timeit import timeit
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class GPTConfig:
     """The shape of a model; the defaults are GPT-2 124M. Raises ValueError on impossible sizes."""
 
     block_size: int = 1024  # context length: tokens the model sees at once
-    vocab_size: int = 50257
+    vocab_size: int = 50257  # how many different tokens there are
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # embedding size: numbers per token
@@ -43,7 +43,7 @@ class GPTConfig:
 
     def __post_init__(self):
         sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
-        if not 1 <= min(sizes) <= max(sizes) < 2**31 or self.n_embd % self.n_head:
+        if not all(isinstance(n, int) and 0 < n < 2**31 for n in sizes) or self.n_embd % self.n_head:
             raise ValueError(f"sizes must be 1 or more, and n_head must divide n_embd: {self}")
         if not all(0 <= rate < 1 for rate in (self.dropout, self.attn_dropout)):
             raise ValueError(f"dropout must be at least 0 and less than 1: {self}")
@@ -65,27 +65,28 @@ def attention_weights(q, k):
 
 
 def attention(q, k, v, dropout=0.0):
-    """Causal attention: the mean of the values v, weighted by attention_weights; (B, n_head, T, d),
-    of q's dtype. k and v may have another, if they come from a cache."""
+    """softmax(Q Kᵀ / √d + M) V: the mean of the values, weighted by attention_weights. Returns
+    (B, n_head, T, d) in the type of q; k and v can come from a cache of another type."""
     T, S, dtype = q.size(-2), k.size(-2), q.dtype
     q = q.to(k.dtype)
-    # In bfloat16 on a CPU, for up to 512 tokens, the plain formula is 1.5 to 4 times as fast as
-    # PyTorch's fused kernel, forward and backward. On MPS, the kernel of PyTorch 2.8 to 2.11 reads
-    # q wrongly (github.com/pytorch/pytorch/issues/181133). Elsewhere the kernel is faster.
+    # in bfloat16 on a CPU, up to 512 tokens, the formula is 1.5 to 4 times as fast as the kernel
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512
+    # on MPS, the kernel misreads q in PyTorch 2.8 to 2.11 (github.com/pytorch/pytorch/issues/181133)
     if is_slow or q.device.type == "mps":
         y = F.dropout(attention_weights(q, k), dropout) @ v
     elif T == S:
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    else:  # is_causal would assume that q starts at position 0; a single query sees all keys
+    else:  # is_causal would take q for the first T positions; a single query sees all keys
         mask = None if T == 1 else q.new_ones(T, S, dtype=torch.bool).tril(S - T)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return y.to(dtype)
 
 
 def remember(cache, start, k, v):
-    """Puts the keys and values of the positions from start on into a block's cache, (2, B, n_head,
-    capacity, d). Returns those of all positions so far."""
+    """Adds keys and values, of the positions from start on, to a block's cache (2, B, n_head,
+    capacity, d). Returns those of all positions so far; without a cache, these are k and v."""
+    if cache is None:
+        return k, v
     end = start + k.size(-2)
     cache[0, :, :, start:end] = k
     cache[1, :, :, start:end] = v
@@ -109,8 +110,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, start=0):
         q, k, v = self.heads(x)
-        if cache is not None:
-            k, v = remember(cache, start, k, v)
+        k, v = remember(cache, start, k, v)
         y = attention(q, k, v, self.attn_dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads concatenated
         return fast_dropout(self.c_proj(y), self.dropout, self.training)
@@ -214,10 +214,8 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T) -> scalar loss in nats.
-
-        The loss is the mean over targets that are not -100 (nan if every target is).
-        """
+        """idx (B, T) -> logits (B, T, vocab_size); with targets (B, T) -> the mean loss in nats
+        over the targets that are not -100 (nan if there are none)."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
@@ -274,14 +272,12 @@ class GPT(nn.Module):
 
     def num_params(self):
         """The number of parameters without wpe, as in nanoGPT; shared ones count once."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
 
     @torch.no_grad()
     def resize(self, vocab_size=None, block_size=None):
-        """Crops the vocabulary or the context, or adds rows from N(0, 0.02), to be trained.
-
-        This replaces parameters, so create the optimizer afterward.
-        """
+        """Crops the vocabulary or the context, or adds rows from N(0, 0.02), to be trained. This
+        replaces parameters, so create the optimizer afterward."""
         vocab_size = vocab_size or self.config.vocab_size
         block_size = block_size or self.config.block_size
         self.config = replace(self.config, vocab_size=vocab_size, block_size=block_size)
@@ -301,19 +297,18 @@ class GPT(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint, **dropout):
         """Builds the model from what load_checkpoint returned, in float32 and eval mode; dropout
-        and attn_dropout can be replaced. Float32 weights are shared, not copied. If the
-        checkpoint is damaged, any exception can be raised.
-        """
-        if checkpoint["config"]["n_layer"] > len(checkpoint["model"]):  # building them takes long
+        and attn_dropout can be replaced. Float32 weights are shared, not copied. A damaged
+        checkpoint can raise any exception."""
+        config, weights = {**checkpoint["config"], **dropout}, checkpoint["model"]
+        if config["n_layer"] > len(weights):  # building a million layers would take minutes
             raise ValueError("it has fewer weights than layers")
+        # AdamW would write past the end of a tensor that repeats its memory
+        for weight in weights.values():
+            if weight.layout != torch.strided or weight.is_meta or not weight.is_contiguous():
+                raise ValueError("the weights are not plain (contiguous) tensors")
         with torch.device("meta"):  # shapes alone: no memory, no random numbers
-            model = cls(GPTConfig(**{**checkpoint["config"], **dropout}))
-        weights = {name: tensor.float() for name, tensor in checkpoint["model"].items()}
-        if any(w.layout != torch.strided or w.is_meta for w in weights.values()):
-            raise ValueError("the weights are not plain (strided) tensors")
-        # contiguous: AdamW would write past the memory of an expanded tensor
-        weights = {name: weight.contiguous() for name, weight in weights.items()}
-        model.load_state_dict(weights, assign=True)
+            model = cls(GPTConfig(**config))
+        model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
         model.tie_weights()
         return model.eval()
 
@@ -338,9 +333,9 @@ def sinusoids(length, n_embd):
 
 
 def cross_entropy(logits, targets):
-    """Cross-entropy of each target, in nats: logits (N, vocab_size), targets (N,) -> (N,), 0 where
-    a target is -100. In training on a CPU, this overwrites the logits: see CrossEntropy."""
-    if logits.device.type == "cpu" and torch.is_grad_enabled():
+    """-log p of each target, in nats: logits (N, vocab_size), targets (N,) -> (N,), 0 where it is
+    -100. In training on a CPU, the logits are overwritten: see CrossEntropy."""
+    if logits.device.type == "cpu" and logits.requires_grad:
         return CrossEntropy.apply(logits, targets)
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -427,16 +422,13 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def pick_device(name=""):
-    """The torch.device of this name, or for "" the best that works. Raises ValueError if it does
-    not work."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    for choice in [name] if name else [*filter(found.get, found), "cpu"]:
-        try:
-            return torch.zeros(1, device=choice).device
+    """The torch.device of this name, or for "" the best. Raises ValueError if it does not work."""
+    for candidate in [name] if name else ["cuda", "mps", "cpu"]:
+        try:  # is_available() is not enough: in a virtual machine, MPS cannot allocate memory
+            return torch.zeros(1, device=candidate).device
         except (RuntimeError, AssertionError) as error:
-            # in a virtual machine, MPS is "available" but cannot allocate memory
-            if name:
-                raise ValueError(f"device {name} is not available here ({error!s:.90})") from error
+            reason = error
+    raise ValueError(f"device {name} is not available here ({reason!s:.90})") from reason
 
 
 @functools.cache
@@ -448,15 +440,10 @@ def pick_dtype(device):
         return torch.bfloat16 if has_bfloat16 else torch.float16
     if device.type != "cpu":
         return torch.float32
-
-    def seconds(dtype):
-        matrix, start = torch.ones(512, 512, dtype=dtype), time.perf_counter()
-        matrix @ matrix
-        return time.perf_counter() - start
-
+    matrices = torch.ones(512, 512, dtype=torch.bfloat16), torch.ones(512, 512)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # times the processor, not how busy it is
-    times = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(10)]
+    times = [[timeit(lambda: a @ a, number=1) for a in matrices] for _ in range(10)]  # seconds
     torch.set_num_threads(threads)
     bfloat16, float32 = map(min, zip(*times))
     return torch.bfloat16 if 1.5 * bfloat16 < float32 else torch.float32
@@ -536,8 +523,7 @@ ARCHITECTURE = {  # settings that GPTConfig lacks: the only values supported her
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }
-# stored as (in, out)
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -545,11 +531,11 @@ def load_huggingface(path):
     """model.safetensors and the config.json beside it -> a checkpoint like ours. Its dropout is not
     read: it belongs to the run that made the model."""
     with damaged(path.with_name("config.json")):
-        settings = json.loads(path.with_name("config.json").read_bytes())
+        text = path.with_name("config.json").read_bytes()
+        settings = {"tie_word_embeddings": True, **json.loads(text)}
         for name, value in ARCHITECTURE.items():
             if settings.get(name, value) != value:
                 raise ValueError(f"{name} is {settings[name]!r}; only {value!r} is supported")
-        settings.setdefault("tie_word_embeddings", True)
         config = {ours: settings[theirs] for ours, theirs in HUGGING_FACE_NAMES.items()}
     weights = {}
     for name, tensor in read_safetensors(path).items():
@@ -594,9 +580,9 @@ def save_huggingface(folder, model, eos_token_id):
     write_safetensors(folder / "model.safetensors", tensors)
     settings = {theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE_NAMES.items()}
     settings |= {"architectures": ["GPT2LMHeadModel"], **ARCHITECTURE}
-    settings |= {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), eos_token_id)
     settings |= dict.fromkeys(("embd_pdrop", "resid_pdrop"), config.dropout)
-    settings |= {"attn_pdrop": config.attn_dropout}
+    settings["attn_pdrop"] = config.attn_dropout
     with replacing(folder / "config.json") as file:
         file.write(json.dumps(settings, indent=2).encode())
 

@@ -16,11 +16,11 @@ import codecs
 import contextlib
 import io
 import math
+import pathlib
 import sys
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 import prepare_data
@@ -36,7 +36,7 @@ class SampleConfig:
     max_new_tokens: int = 500  # maximum tokens per sample
     temperature: float = 0.8  # below 1 favors likely tokens (0: always take the most likely)
     top_k: int = 200  # choose among the k most likely tokens (0: all)
-    top_p: float = 1.0  # of these, keep the likeliest that together reach this probability
+    top_p: float = 1.0  # of these, keep the likeliest that together reach this probability (1: all)
     seed: int = 1337  # the same seed gives the same text
     device: str = ""  # cpu, cuda, mps (default: the best available)
     dtype: str = ""  # float32, bfloat16, float16 (default: the fastest for the model's size)
@@ -95,9 +95,9 @@ def write(model, tokenizer, tokens, config, generator, num_samples=1):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     written, count = [b""] * num_samples, 0
     idx = torch.tensor([tokens] * num_samples, device=model.lm_head.weight.device)
-    choice = (config.temperature, config.top_k, config.top_p)
+    options = (config.temperature, config.top_k, config.top_p)
     with contextlib.suppress(KeyboardInterrupt):
-        for step in model.generate(idx, config.max_new_tokens, *choice, end, generator):
+        for step in model.generate(idx, config.max_new_tokens, *options, end, generator):
             for i, token in enumerate(step.tolist()):
                 if token != end:  # a sample that has ended keeps yielding it
                     count += 1
@@ -156,20 +156,22 @@ def draw_attention(model, tokenizer, text, path):
     except ImportError as error:
         raise ValueError("--attention needs matplotlib: pip install matplotlib") from error
     tokens = tokenizer.encode_ordinary(text)[: min(24, model.config.block_size)]
-    idx = torch.tensor(tokens, device=model.lm_head.weight.device)
-    x = (model.transformer.wte(idx) + model.transformer.wpe.weight[: len(tokens)])[None]
-    maps = []  # one (n_head, T, T) tensor per layer
-    for block in model.transformer.h:  # as in GPT.hidden
-        q, k, _ = block.attn.heads(block.ln_1(x))
-        maps.append(attention_weights(q, k)[0])
-        x = block(x)
-    layers, heads = len(maps), len(maps[0])
+    maps = []  # one (T, T) tensor for each layer and head
+
+    def record(attn, inputs):
+        q, k, _ = attn.heads(inputs[0])
+        maps.extend(attention_weights(q, k)[0])
+
+    for block in model.transformer.h:
+        block.attn.register_forward_pre_hook(record)
+    model.hidden(torch.tensor([tokens], device=model.lm_head.weight.device))
+    layers, heads = model.config.n_layer, model.config.n_head
     names = [token_label(tokenizer, token) for token in tokens]
     side = max(2, len(tokens) / 6)  # width and height of a panel, in inches
     figure = Figure(figsize=(side * heads, side * layers), layout="constrained")
-    for (layer, head), panel in np.ndenumerate(figure.subplots(layers, heads, squeeze=False)):
-        panel.imshow(maps[layer][head].float().cpu().numpy(), vmin=0, cmap="Blues")
-        panel.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+    for i, panel in enumerate(figure.subplots(layers, heads, squeeze=False).flat):
+        panel.imshow(maps[i].float().cpu().numpy(), vmin=0, cmap="Blues")
+        panel.set_title(f"layer {i // heads + 1}, head {i % heads + 1}", fontsize=9)
         panel.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
         panel.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     figure.supxlabel("key")
@@ -215,6 +217,8 @@ def main(argv=None):
         raise ValueError("--start is empty: give it some text")
     model, tokenizer, checkpoint = load_model(config)
     if config.save_pretrained:
+        # written last, so that an export that is cut short is not taken for a model
+        pathlib.Path(config.save_pretrained, "config.json").unlink(missing_ok=True)
         prepare_data.save_tokenizer(checkpoint["tokenizer"], config.save_pretrained)
         model.save_pretrained(config.save_pretrained, tokenizer.eot_token)
         print(f"wrote the model and its tokenizer to {config.save_pretrained}")
@@ -228,7 +232,7 @@ def main(argv=None):
     if config.chat:
         template = checkpoint.get("template") or prepare_data.default_template(tokenizer)
         chat(model, tokenizer, template, config, generator)
-    if not (config.attention or config.surprise or config.chat):
+    elif not (config.attention or config.surprise):
         write_samples(model, tokenizer, prompt, config, generator)
 
 
