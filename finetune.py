@@ -158,9 +158,9 @@ class FinetuneConfig(train.RunConfig):
     dropout: float = 0.0  # share of values zeroed at random in training, against overfitting
     min_lr: float = 0.0  # learning rate at the end of the decay
     weight_decay: float = 0.0  # pulls matrices toward 0; erodes what the examples do not use
-    batch_size: int = 8  # examples that go through the model at once; ppo, grpo: prompts per step
-    learning_rate: float = 0.0  # peak (0: the task's rate, lower for wider models: see RATES)
-    epochs: float = 3.0  # passes through the examples; not for ppo and grpo
+    batch_size: int = 8  # examples that go through the model at once; in RL, prompts per step
+    learning_rate: float = 0.0  # peak learning rate (0: the task's, lower for wider models)
+    epochs: float = 3.0  # passes through the examples (not in RL)
     max_iters: int = 0  # training steps (0: as many as epochs take)
     eval_interval: int = 0  # steps between evaluations (0: an epoch)
     log_interval: int = 50  # steps between progress lines
@@ -171,12 +171,12 @@ class FinetuneConfig(train.RunConfig):
     lm_weight: float = 0.5  # how much the next-token loss counts beside the label's
     balance: bool = False  # downsample every label to the size of the rarest
     predict: str = ""  # classify this text (reward: score this answer) and exit
-    # conversations
+    # conversations, and reinforcement learning (RL) on them
     template: str = ""  # prompt format: roles (special tokens) or alpaca (default: the model's)
     loss_on_prompt: bool = False  # for instruct: learn the prompts, too
-    beta: float = 0.1  # for dpo, ppo, grpo: the penalty for drifting from the reference model
-    reward_model: str = "out/reward"  # for ppo and grpo: a checkpoint of --task=reward
-    group_size: int = 1  # for ppo and grpo: answers per prompt
+    beta: float = 0.1  # for dpo and RL: the penalty for drifting from the reference model
+    reward_model: str = "out/reward"  # for RL: a checkpoint of --task=reward
+    group_size: int = 1  # for RL: answers per prompt
 
 
 # where a task's defaults differ; --task=TASK --help shows them
@@ -185,13 +185,9 @@ TASK_DEFAULTS = {
     "classify": {"epochs": 5.0},
     "instruct": {"epochs": 2.0},
     "choice": {"eval_only": True},
-    "dpo": {},
-    "reward": {},
     "ppo": {**SAMPLING, "batch_size": 32},
     "grpo": {**SAMPLING, "group_size": 8},
 }
-# learning rates, tuned at width 128 (and for instruct at GPT-2's 768, where 3e-5 is best)
-RATES = {"classify": 1e-3, "instruct": 5e-4, "dpo": 1e-4, "reward": 1e-3, "ppo": 1e-4, "grpo": 1e-4}
 
 # --- what all tasks share -------------------------------------------------------------------------
 
@@ -205,6 +201,7 @@ class Task:
                       the mean of each
     """
 
+    rate = 1e-3  # the learning rate for a model that is 128 wide; tuned
     columns = ("output",)  # those that hold a row's answers
     labels = None
     writes_text = True  # after training, rather than giving a label or a score
@@ -489,6 +486,8 @@ class Classify(Task):
 class Instruct(Task):
     """Prompts to answers: the next-token loss, on the tokens of the answers alone."""
 
+    rate = 5e-4  # falls to 3e-5 at GPT-2's width of 768
+
     def count(self, batch):
         """The number of targets, so that each weighs the same in a step."""
         targets = (target for example in batch for target in example["rows"][0][1])
@@ -541,7 +540,9 @@ class Choice(Task):
 class DPO(Task):
     """Makes the chosen answers more likely than the rejected ones, compared to the reference."""
 
+    rate = 1e-4
     columns = ("chosen", "rejected")
+    objective = staticmethod(dpo_loss)
 
     def set_up(self):
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
@@ -552,7 +553,7 @@ class DPO(Task):
         log_probs = token_log_probs(self.gpt, idx, targets)[0].sum(1).view(-1, 2)  # (P, 2)
         with torch.no_grad():
             reference = token_log_probs(self.reference, idx, targets)[0].sum(1).view(-1, 2)
-        loss, margin = dpo_loss(*log_probs.T, *reference.T, self.config.beta)
+        loss, margin = self.objective(*log_probs.T, *reference.T, self.config.beta)
         accuracy = (margin > 0) + 0.5 * (margin == 0)  # at the start all margins are 0
         terms = {"loss": loss, "accuracy": accuracy, "margin": margin}
         return {**terms, "chosen": log_probs[:, 0], "rejected": log_probs[:, 1]}
@@ -609,6 +610,7 @@ class Policy(Task):
     (PPO-ptx), since the KL penalty is enough at this size; and prompts come from a file.
     """
 
+    rate = 1e-4
     curves = ("score", "val_score")
     epochs, minibatches = 4, 4  # passes over a step's answers; updates in each pass
     unfinished = -1.0  # added to the score of an answer that does not end
@@ -934,7 +936,7 @@ def read_flags(argv):
     name = first.parse_known_args(argv)[0].task
     if name not in TASKS:
         raise ValueError(f"--task={name}: choose from {', '.join(TASKS)}")
-    defaults = FinetuneConfig(**{"task": name, "out_dir": f"out/{name}", **TASK_DEFAULTS[name]})
+    defaults = FinetuneConfig(task=name, out_dir=f"out/{name}", **TASK_DEFAULTS.get(name, {}))
     flags = vars(prepare_data.flag_parser(defaults, __doc__).parse_args(argv))
     return replace(defaults, **flags), flags
 
@@ -951,7 +953,7 @@ def check(config):
         raise ValueError("--predict is for --task=classify and --task=reward")
     if task is Choice and not config.data:
         raise ValueError("--task=choice needs a file of questions: --data=FILE")
-    if task is GRPO and config.group_size < 2:
+    if issubclass(task, GRPO) and config.group_size < 2:
         raise ValueError(f"--group_size={config.group_size}: must be 2 or more, to compare answers")
     if config.predict or config.eval_only:  # writes nothing
         return
@@ -978,7 +980,7 @@ def choose_weights(task):
 def choose_settings(task):
     """The config with values for how fast, how often and how long to train."""
     config, parameters = task.config, list(task.model.parameters())
-    rate = RATES[config.task] * (3 if config.train == "lora" else 1)
+    rate = task.rate * (3 if config.train == "lora" else 1)
     rate *= (128 / task.gpt.config.n_embd) ** 1.5
     per_step = config.batch_size * config.gradient_accumulation_steps
     per_epoch = math.ceil(len(task.lengths) / per_step)

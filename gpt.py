@@ -43,7 +43,10 @@ class GPTConfig:
 
     def __post_init__(self):
         sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
-        if not all(isinstance(n, int) and 0 < n < 2**31 for n in sizes) or self.n_embd % self.n_head:
+        if (
+            not all(isinstance(n, int) and 0 < n < 2**31 for n in sizes)
+            or self.n_embd % self.n_head
+        ):
             raise ValueError(f"sizes must be 1 or more, and n_head must divide n_embd: {self}")
         if not all(0 <= rate < 1 for rate in (self.dropout, self.attn_dropout)):
             raise ValueError(f"dropout must be at least 0 and less than 1: {self}")
@@ -56,11 +59,11 @@ def attention_weights(q, k):
     """softmax(Q Kᵀ / √d + M): how much each query attends to each key (Vaswani et al. 2017).
 
     q (B, n_head, T, d) holds the queries of the last T of S positions, k (B, n_head, S, d) the keys
-    of all. Returns (B, n_head, T, S); rows sum to 1. M is -inf where a key comes after its query.
+    of all S. Returns (B, n_head, T, S); rows sum to 1. M is -inf where a key comes after its query.
     """
     T, S = q.size(-2), k.size(-2)
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, S)
-    scores += q.new_full((T, S), -math.inf).triu(S - T + 1)  # 0 on the diagonal and below
+    scores += q.new_full((T, S), -math.inf).triu(S - T + 1)  # 0 where the key is not later
     return F.softmax(scores, dim=-1)
 
 
@@ -70,13 +73,14 @@ def attention(q, k, v, dropout=0.0):
     T, S, dtype = q.size(-2), k.size(-2), q.dtype
     q = q.to(k.dtype)
     # in bfloat16 on a CPU, up to 512 tokens, the formula is 1.5 to 4 times as fast as the kernel
-    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512
+    kernel_is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512
     # on MPS, the kernel misreads q in PyTorch 2.8 to 2.11 (github.com/pytorch/pytorch/issues/181133)
-    if is_slow or q.device.type == "mps":
+    if kernel_is_slow or q.device.type == "mps":
         y = F.dropout(attention_weights(q, k), dropout) @ v
     elif T == S:
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    else:  # is_causal would take q for the first T positions; a single query sees all keys
+    else:  # is_causal would take q for the first T positions
+        # a single query sees all keys
         mask = None if T == 1 else q.new_ones(T, S, dtype=torch.bool).tril(S - T)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return y.to(dtype)
@@ -120,7 +124,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Applied to each position independently: widen to 4C, GELU, project back to C."""
+    """At each position independently: widens to 4C, applies GELU, projects back to C."""
 
     def __init__(self, config):
         super().__init__()
@@ -198,10 +202,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def hidden(self, idx, cache=None, start=0):
-        """idx (B, T) int64 -> (B, T, C) after the last LayerNorm, for lm_head or any other head.
+        """idx (B, T) int64 -> (B, T, C) after the last LayerNorm: the input of lm_head or any head.
 
-        cache, from new_cache(), holds the keys and values of the tokens before idx, of which there
-        are start; those of idx are added. Raises ValueError if the total exceeds block_size.
+        cache, from new_cache(), holds the keys and values of the start tokens that precede idx;
+        those of idx are added to it. Raises ValueError if the total exceeds block_size.
         """
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -232,16 +236,17 @@ class GPT(nn.Module):
         stop_token=None,
         generator=None,
     ):
-        """Yields (B,) int64 tokens, the next one of each sequence in idx (B, T), at each step.
+        """At each step, yields the next token of each sequence in idx (B, T), as (B,) int64.
 
-        See sample() for how tokens are drawn; call eval() first. A sequence that has produced
-        stop_token keeps yielding it; the iterator ends when all have stopped. When the context is
-        full, the model starts over from its last half, as if the text began there.
+        Call eval() first. sample() describes how tokens are drawn. A sequence that has produced
+        stop_token keeps yielding it; the iterator ends when all have stopped. When the text no
+        longer fits the context, only the last half of it is kept and read again, as if the text
+        began there.
         """
         block_size = self.config.block_size
         context = idx[:, -block_size:]  # what the model sees, from position 0 on
         capacity = min(block_size, context.size(1) + max_new_tokens)
-        cache, start = self.new_cache(len(idx), capacity), 0  # start: how many tokens it holds
+        cache, start = self.new_cache(len(idx), capacity), 0  # start: tokens in the cache so far
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B,)
         for _ in range(max_new_tokens):
             if start == block_size:
@@ -344,10 +349,10 @@ def cross_entropy(logits, targets):
 
 
 def keep_top_p(logits, p):
-    """Nucleus sampling (Holtzman et al. 2020): of logits (B, n), keeps the fewest most likely whose
-    total probability reaches p; the rest become -inf."""
+    """Nucleus sampling (Holtzman et al. 2020): keeps the smallest set of most likely tokens whose
+    total probability reaches p; the other logits (B, n) become -inf."""
     probs, order = F.softmax(logits, dim=-1).sort(descending=True)
-    dropped = probs.cumsum(-1) - probs >= p  # the more likely tokens already reach p
+    dropped = (probs.cumsum(-1) - probs) >= p  # the more likely tokens already reach p
     dropped[:, 0] = False  # always keep the most likely
     # back in the order of logits
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
@@ -361,18 +366,18 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     total probability reaches top_p (None or 1: all).
     """
     logits = logits.float() / (temperature or 1)
-    if not logits.amax(-1).isfinite().all():  # -inf bans a token, but not all
+    if not logits.amax(-1).isfinite().all():  # -inf bans a token, but a row must not ban all
         raise ValueError("logits are not finite: damaged weights or too low a temperature")
     if temperature == 0:
         return logits.argmax(-1)
-    if top_k:  # from here on (B, k), exactly k even with ties; tokens holds their ids
+    if top_k:  # logits become (B, k), exactly k even with ties; tokens holds their ids
         logits, tokens = logits.topk(min(top_k, logits.size(-1)))
     if top_p is not None and top_p < 1:
         logits = keep_top_p(logits, top_p)
     probs = F.softmax(logits, dim=-1)
-    # the argmax of p / Exp(1) is a draw from p; half the time of torch.multinomial
+    # the argmax of p / Exp(1) is a draw from p; this takes half as long as torch.multinomial
     waits = torch.empty_like(probs).exponential_(generator=generator)
-    waits.clamp_(min=1e-30)  # on MPS some are 0, and 0 / 0 would be drawn
+    waits.clamp_(min=1e-30)  # on MPS some are 0, and argmax would pick 0 / 0, which is nan
     drawn = (probs / waits).argmax(-1, keepdim=True)  # (B, 1)
     return (tokens.gather(-1, drawn) if top_k else drawn)[:, 0]
 
@@ -443,7 +448,7 @@ def pick_dtype(device):
     matrices = torch.ones(512, 512, dtype=torch.bfloat16), torch.ones(512, 512)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # times the processor, not how busy it is
-    times = [[timeit(lambda: a @ a, number=1) for a in matrices] for _ in range(10)]  # seconds
+    times = [[timeit(lambda a=a: a @ a, number=1) for a in matrices] for _ in range(10)]  # seconds
     torch.set_num_threads(threads)
     bfloat16, float32 = map(min, zip(*times))
     return torch.bfloat16 if 1.5 * bfloat16 < float32 else torch.float32

@@ -300,9 +300,11 @@ def cut(text, length=1 << 16):
 
 
 def count_pieces(texts):
-    """The distinct pieces of the texts, and how often each occurs. A piece is a string with one
-    character per token, at first per byte, so that a pair is merged by splitting and joining."""
-    # Few words are distinct, and no piece extends from a word into the space after it.
+    """The distinct pieces of the texts, and how often each occurs. A piece is represented as a
+    string with one character per token, at first per byte, so that str.split and str.join can merge
+    a pair."""
+    # Counting words first is faster: few are distinct, and splitting each alone gives the same
+    # pieces, since no piece continues into the space after a word.
     words, pieces = collections.Counter(), collections.Counter()
     for part in itertools.chain.from_iterable(map(cut, texts)):
         words.update(re.findall(r"\s*\S+|\s+", part))
@@ -330,18 +332,19 @@ def train_bpe(texts, vocab_size):
             pieces_with[left + right].append(i)
     heap = sorted((-count, pair) for pair, count in pair_counts.items())  # a valid heap
     tokens = [bytes([byte]) for byte in range(256)]
-    while heap and heap[0][0] < -1 and len(tokens) < vocab_size:  # that is, a pair occurs twice
-        queued, pair = heapq.heappop(heap)
-        if pair_counts[pair] < -queued:  # earlier merges used some of them: queue it again
+    while heap and heap[0][0] < -1 and len(tokens) < vocab_size:  # some pair may occur twice
+        minus_count, pair = heapq.heappop(heap)
+        if pair_counts[pair] < -minus_count:  # earlier merges used some occurrences: queue it again
             heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
         left, right = pair
-        new = chr(len(tokens))  # N below, where x and y are its neighbors
+        new = chr(len(tokens))
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
-        new_pairs = collections.defaultdict(list)  # and the pieces that contain them
+        new_pairs = collections.defaultdict(list)  # like pieces_with
         for i in [i for i in dict.fromkeys(pieces_with.pop(pair)) if pair in pieces[i]]:
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
+            # around each new token N: x N y replaces x left right y
             changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]  # xN
             changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]  # Ny
             changes += [(right + left, new + new) for part in parts[1:-1] if not part]  # NN

@@ -1037,6 +1037,13 @@ def test_a_setting_or_count_of_another_type_is_refused(place):
         resume("out", "--max_iters=3")
 
 
+def test_a_run_older_than_a_setting_is_resumed_with_its_default():
+    last = run_training("out", "--max_iters=1")
+    del last["run_config"]["patience"]
+    gpt.save_checkpoint("out/last.pt", last)
+    assert resume("out", "--max_iters=3")["run_config"]["patience"] == 0
+
+
 def test_a_resumed_run_keeps_the_dtype_that_it_began_with(monkeypatch):
     monkeypatch.setattr(train, "pick_dtype", lambda device: torch.bfloat16)
     run_training("out", "--dtype=")
@@ -1611,7 +1618,16 @@ def test_targets_weigh_the_same_in_any_division_and_tokens_never_read_stay_as_th
 
 
 @pytest.mark.parametrize(
-    "flags", ["classify", "instruct --train=lora", "dpo", "ppo", "grpo --train=lora --group_size=3"]
+    "flags",
+    [
+        "classify",
+        "classify --lm_weight=0",
+        "instruct --train=lora",
+        "dpo",
+        "reward",
+        "ppo",
+        "grpo --train=lora --group_size=3",
+    ],
 )
 def test_resumed_fine_tuning_is_uninterrupted_fine_tuning(flags, toy_reward):
     name, _, flags = f"{flags} --dropout=0.1 --lora_dropout=0.1".partition(" ")
@@ -2074,7 +2090,7 @@ def test_help_shows_the_defaults_of_the_task(capsys):
         for form in (f"--task={task}", f"--task {task}"):
             with pytest.raises(SystemExit) as stopped:
                 finetune.main(f"{form} --help".split())
-            found = re.search(rf"--{flag} [^-]*\(default: (\d+)\)", capsys.readouterr().out)
+            found = re.search(rf"--{flag} [^-]*\(default:\s+(\d+)\)", capsys.readouterr().out)
             assert stopped.value.code == 0 and found[1] == str(value)
     for task, values in finetune.TASK_DEFAULTS.items():
         config, _ = finetune.read_flags([f"--task={task}"])

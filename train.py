@@ -18,7 +18,6 @@ import collections
 import contextlib
 import ctypes
 import io
-import itertools
 import math
 import os
 import pathlib
@@ -410,8 +409,7 @@ def restore(saved, config, optimizer, scaler):
             # moments come from the file, hyperparameters from config
             moments = {"state": saved["optimizer"]["state"]}
             optimizer.load_state_dict(optimizer.state_dict() | moments)
-            for parameter in itertools.chain(*(g["params"] for g in optimizer.param_groups)):
-                moments = optimizer.state[parameter]
+            for parameter, moments in optimizer.state.items():
                 for name in ("exp_avg", "exp_avg_sq"):  # AdamW writes past the end of a short one
                     moments[name] = moments[name].reshape(parameter.shape).contiguous()
                 moments["step"] = moments["step"].reshape(())
@@ -566,7 +564,7 @@ def load_run(config_class, flags):
         config = saved["run_config"]
         if not config.keys() <= defaults.keys():
             raise ValueError("begun by another script (train.py or finetune.py)")
-        check_types(config, defaults)
+        check_types({**defaults, **config}, defaults)
     return config_class(**{**config, **flags, "init_from": config["init_from"]}), saved
 
 
