@@ -43,10 +43,8 @@ class GPTConfig:
 
     def __post_init__(self):
         sizes = (self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd)
-        if (
-            not all(isinstance(n, int) and 0 < n < 2**31 for n in sizes)
-            or self.n_embd % self.n_head
-        ):
+        are_possible = all(isinstance(size, int) and 0 < size < 2**31 for size in sizes)
+        if not are_possible or self.n_embd % self.n_head:
             raise ValueError(f"sizes must be 1 or more, and n_head must divide n_embd: {self}")
         if not all(0 <= rate < 1 for rate in (self.dropout, self.attn_dropout)):
             raise ValueError(f"dropout must be at least 0 and less than 1: {self}")
@@ -74,7 +72,7 @@ def attention(q, k, v, dropout=0.0):
     q = q.to(k.dtype)
     # in bfloat16 on a CPU, up to 512 tokens, the formula is 1.5 to 4 times as fast as the kernel
     kernel_is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= 512
-    # on MPS, the kernel misreads q in PyTorch 2.8 to 2.11 (github.com/pytorch/pytorch/issues/181133)
+    # on MPS, the kernel of PyTorch 2.8 to 2.11 misreads q: github.com/pytorch/pytorch/issues/181133
     if kernel_is_slow or q.device.type == "mps":
         y = F.dropout(attention_weights(q, k), dropout) @ v
     elif T == S:
