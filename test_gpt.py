@@ -1789,8 +1789,10 @@ def test_instruction_tuning_is_measured_and_answers_before_and_after(capsys):
 
 
 def test_multiple_choice_picks_the_likelier_ending(capsys):
-    rows = [{"ctx": f"the cat {i}", "endings": ["sees a dog", "\x07 zq#"]} for i in range(4)]
-    rows = [{**row, "label": label} for row, label in zip(rows, (0, 0, 1, 0))]
+    rows = []
+    for i, label in enumerate((1, 0, 0, 0)):  # the likelier one is the second, first, second, first
+        endings = ["\x07 zq#", "sees a dog"][:: -1 if i % 2 else 1]
+        rows.append({"ctx": f"the cat {i}", "endings": endings, "label": label})
     finetune.main(finetune_flags("choice", "", rows))
     out = capsys.readouterr().out
     assert "accuracy 0.7500" in out and "accuracy_per_byte 0.7500" in out
