@@ -360,10 +360,13 @@ def test_resizing_and_loading_keep_the_other_tokens_and_positions_and_a_tied_hea
 
 @pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32])
 def test_the_faster_dtype_is_picked(fast, monkeypatch):
-    seconds = lambda a, b: 1 if a.dtype == fast else 5
+    threads = []
+    seconds = lambda a, b: threads.append(torch.get_num_threads()) or (1 if a.dtype == fast else 5)
     monkeypatch.setattr(torch.Tensor, "__matmul__", seconds)
     monkeypatch.setattr(gpt, "timeit", lambda product, number: product())
+    torch.set_num_threads(2)
     assert gpt.pick_dtype.__wrapped__(torch.device("cpu")) == fast
+    assert set(threads) == {1} and torch.get_num_threads() == 2
 
 
 def test_greedy_sampling_takes_the_likeliest_token_and_none_where_one_is_not_finite():
@@ -1241,7 +1244,10 @@ def test_pictures_are_drawn_where_there_is_matplotlib(monkeypatch):
         Image.open(path).load()  # decodes all of it, and fails where something is amiss
     shown, model = [], GPT.from_pretrained("base")
     monkeypatch.setattr(Axes, "imshow", lambda panel, image, **how: shown.append(image))
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda panel, title, **how: titles.append(title))
     sample.main(draw)
+    assert titles == ["layer 1, head 1", "layer 1, head 2"]
     ids = build_tokenizer(load_checkpoint("base")["tokenizer"]).encode("the cat sees")
     x = model.transformer.wte(torch.tensor([ids])) + model.transformer.wpe.weight[: len(ids)]
     block = model.transformer.h[0]
@@ -1743,6 +1749,11 @@ def test_splits_share_no_text_and_no_group_and_can_be_balanced():
     n_rarest = sum(example["label"] == "b" for example in plain["train"])
     labels = [example["label"] for example in balanced["train"]]
     assert labels.count("a") == labels.count("b") == n_rarest  # as many as the rarest label has
+    turned = make_task("classify", "--balance", rows[::-1]).splits["train"]
+    kept, kept_of_turned = (
+        {example["text"] for example in some} for some in (balanced["train"], turned)
+    )
+    assert kept == kept_of_turned  # in whatever order the file has them
 
 
 def test_batches_hold_every_example_once_an_epoch_and_mostly_of_one_length():
@@ -1760,6 +1771,13 @@ def test_pairs_are_batched_by_their_longer_answer():
     task = make_task("dpo", rows=rows)
     longest = [max(len(idx) for idx, _ in e["rows"]) for e in task.splits["train"]]
     assert list(task.lengths) == longest
+
+
+def test_epochs_become_steps_and_each_ends_with_an_evaluation():
+    task = make_task("instruct", "--max_iters=0 --eval_interval=0 --epochs=2.5 --batch_size=4")
+    n = math.ceil(len(task.splits["train"]) / 4)
+    config = finetune.choose_settings(task)
+    assert config.eval_interval == n > 9 and config.max_iters == math.ceil(2.5 * n)
 
 
 def test_learning_rates_fall_with_the_width_and_are_higher_for_lora():
