@@ -861,10 +861,10 @@ def test_the_default_data_is_made_only_in_an_empty_place(monkeypatch):
 
 
 def test_every_window_comes_once_an_epoch_and_none_crosses_a_shard():
-    ends = [37, 45, 129, 139]
+    ends = [37, 45, 129, 139, 148, 168]  # the last but one is as long as a window and its target
     shards = [np.arange(start, end) for start, end in itertools.pairwise([0, *ends])]
-    windows, epochs = train.Windows(shards, block_size=8, vocab_size=139, seed=3), []
-    assert windows.per_epoch == 3 + 0 + 9 + 1
+    windows, epochs = train.Windows(shards, block_size=8, vocab_size=168, seed=3), []
+    assert windows.per_epoch == 3 + 0 + 9 + 1 + 1 + 1
     shard_of = lambda ids: np.searchsorted(ends, ids.numpy(), side="right")
     for epoch in range(3):
         idx, targets = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
@@ -1255,7 +1255,10 @@ def test_pictures_are_drawn_where_there_is_matplotlib(monkeypatch):
     assert_close(torch.from_numpy(np.stack(shown)), expected)
 
 
-def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system_prompt(capsys, monkeypatch):
+@pytest.mark.parametrize("max_new_tokens, room", [(20, 20), (500, 30)])  # at most half the context
+def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system_prompt(
+    max_new_tokens, room, capsys, monkeypatch
+):
     tokenizer, prompts = save_sampler(block_size=60), []
     answer = [[token] for token in (*tokenizer.encode_ordinary("yes"), tokenizer.eot_token)]
     generate = lambda _, idx, *args, **how: (
@@ -1264,16 +1267,17 @@ def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system_prompt(capsys, m
     monkeypatch.setattr(GPT, "generate", generate)
     questions = ["the cat", "the dog", "a house", "a red cat", "not " * 60]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n  \n".join(questions)))  # and empty lines
-    sample.main(["--init_from=.", "--chat", "--max_new_tokens=20", "--system=be kind"])
+    chat = ["--init_from=.", "--chat", "--system=be kind"]
+    sample.main([*chat, f"--max_new_tokens={max_new_tokens}"])
     out, err = capsys.readouterr()
     assert out.split() == ["yes"] * len(prompts) == ["yes"] * 4
-    assert re.fullmatch(r"too long: \d+ tokens, but only 40 fit\n", err)
+    assert re.fullmatch(rf"too long: \d+ tokens, but only {60 - room} fit\n", err)
     system, said = [{"role": "system", "content": "be kind"}], []
     for question, prompt in zip(questions, prompts):
         said.append({"role": "user", "content": question})
         rests = [system + said[i:] for i in range(0, len(said), 2)]
         whole = [prepare_data.chat_prompt(rest, tokenizer, "roles") for rest in rests]
-        assert prompt == next(tokens for tokens in whole if len(tokens) <= 60 - 20)
+        assert prompt == next(tokens for tokens in whole if len(tokens) <= 60 - room)
         said.append({"role": "assistant", "content": "yes"})
 
 
