@@ -264,7 +264,7 @@ class Task:
         # a multiple of 16: oneDNN compiles its kernels anew for each length
         length = min(math.ceil(max(len(idx) for idx, _ in rows) / 16) * 16, self.block_size)
         idx = torch.tensor([idx + [self.end] * (length - len(idx)) for idx, _ in rows])
-        targets = torch.tensor([some + [-100] * (length - len(some)) for _, some in rows])
+        targets = torch.tensor([learned + [-100] * (length - len(learned)) for _, learned in rows])
         return self.machine.put(idx, targets, last)
 
     def add_head(self, outputs, std):
