@@ -23,7 +23,6 @@ import copy
 import csv
 import hashlib
 import io
-import itertools
 import json
 import math
 import pathlib
@@ -414,9 +413,9 @@ class Classify(Task):
         self.add_head(len(self.labels), std=0.02)
         if len(self.labels) < 2:
             raise ValueError(f"at least two labels are needed; found {self.labels}")
-        for example in itertools.chain(*self.splits.values()):
-            if example["label"] not in self.labels:
-                raise ValueError(f"no training example has the label {example['label']!r}")
+        found = {e["label"] for split in self.splits.values() for e in split}
+        if unknown := found - {*self.labels}:
+            raise ValueError(f"no training example has the label {min(unknown)!r}")
 
     def read(self, path):
         columns = (self.config.label_field, self.config.text_field)
