@@ -888,7 +888,7 @@ def last_answer(messages):
 def to_row(parts, block_size):
     """[(tokens, is_learned), ...] -> idx, targets: lists of one length, at most block_size. A
     target is the token after its idx, or -100 if that one is not learned. A row that is too long
-    loses its start, but not that of its last part; if that alone is too long, also its end."""
+    loses its start, but keeps its last part; if that alone is too long, it loses its end, too."""
     tokens = [token for part, _ in parts for token in part]
     learned = [token if is_learned else -100 for part, is_learned in parts for token in part]
     # the state that predicts the last part's first token is the one before it

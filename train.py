@@ -440,9 +440,9 @@ def learning_rate_at(step, config):
 
 
 def report(config, machine, task, state, norm, clock, evaluates):
-    """Adds a row to metrics.csv for the steps since the last row, which began at time clock, and
-    prints it; a terminal overwrites lines without an evaluation. Raises ValueError if the loss or
-    the gradient is not finite, before anything is saved."""
+    """Adds a row to metrics.csv for the steps since the last row, timed from clock on, and prints
+    it; a terminal overwrites lines without an evaluation. Raises ValueError if the loss or the
+    gradient is not finite, before anything is saved."""
     seconds = time.perf_counter() - clock
     means = {name: torch.stack(values).mean().item() for name, values in task.measured.items()}
     task.measured.clear()
