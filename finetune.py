@@ -971,7 +971,7 @@ def choose_weights(task):
 
 def choose_settings(task):
     """The config with values for how fast, how often and how long to train."""
-    config, parameters = task.config, list(task.model.parameters())
+    config, machine, parameters = task.config, task.machine, list(task.model.parameters())
     rate = task.rate * (3 if config.train == "lora" else 1)
     rate *= (128 / task.gpt.config.n_embd) ** 1.5
     per_step = config.batch_size * config.gradient_accumulation_steps
@@ -981,12 +981,10 @@ def choose_settings(task):
         "eval_interval": config.eval_interval or per_epoch,
         "max_iters": config.max_iters or math.ceil(config.epochs * per_epoch),
     }
-    config = train.resolve(config, task.machine, task.model, **chosen)
+    config = train.resolve(config, machine, task.model, **chosen)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
-    print(
-        f"training {trained:,} of {total:,} parameters on {task.machine.device} in {config.dtype}"
-    )
+    print(f"training {trained:,} of {total:,} parameters, on {machine.device} in {config.dtype}")
     print(f"peak learning rate: {config.learning_rate:.1e}")
     return config
 
