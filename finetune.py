@@ -23,7 +23,6 @@ import copy
 import csv
 import hashlib
 import io
-import itertools
 import json
 import math
 import pathlib
@@ -34,7 +33,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 import prepare_data
 import train
@@ -106,9 +104,7 @@ class LoRALinear(nn.Linear):
     bias it shares and freezes."""
 
     def __init__(self, linear, rank, alpha, dropout=0.0):
-        super().__init__(
-            linear.in_features, linear.out_features, device="meta"
-        )  # allocates nothing
+        super().__init__(linear.in_features, linear.out_features, device="meta")  # no memory yet
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
@@ -122,7 +118,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(gpt, rank, alpha, dropout):
-    """Replaces every linear layer in the blocks by a LoRALinear. (The paper adapts attention only.)"""
+    """Makes every linear layer in the blocks a LoRALinear. (The paper adapts attention only.)"""
     for name, module in list(gpt.transformer.h.named_modules()):
         if isinstance(module, nn.Linear):
             gpt.transformer.h.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
@@ -222,13 +218,13 @@ class Task:
         self.too_long = 0  # rows that were truncated
         self.measured = collections.defaultdict(list)  # see train()
         self.splits = read_examples(self) if has_examples else {}
-        # what a resumed run reads again, and must not have changed
+        # digests of what a resumed run reads again, which must not have changed
         self.inputs = {"examples": hashlib.sha256(repr(self.splits).encode()).hexdigest()}
         self.model = nn.ModuleDict({"gpt": self.gpt})
         self.set_up()
         self.model.to(machine.device)
-        rows = (example["rows"] for example in self.splits.get("train", ()))
-        self.lengths = np.array([max(len(idx) for idx, _ in some) for some in rows])
+        examples = self.splits.get("train", [])
+        self.lengths = np.array([max(len(idx) for idx, _ in e["rows"]) for e in examples])
 
     def set_up(self):
         """Override to add anything beyond the model and the examples."""
@@ -262,14 +258,12 @@ class Task:
     def collate(self, examples):
         """The rows of these examples -> idx and targets, (R, T), padded at the end, which causal
         attention ignores, and the index of each row's last token, (R,)."""
-        rows = [map(torch.tensor, row) for example in examples for row in example["rows"]]
-        idx, targets = zip(*rows)
-        last = torch.tensor([len(row) - 1 for row in idx])
-        idx = pad_sequence(idx, batch_first=True, padding_value=self.end)
-        targets = pad_sequence(targets, batch_first=True, padding_value=-100)
-        # oneDNN compiles its kernels anew for each length, so there should be few
-        more = min(-idx.size(1) % 16, self.block_size - idx.size(1))
-        idx, targets = F.pad(idx, (0, more), value=self.end), F.pad(targets, (0, more), value=-100)
+        rows = [row for example in examples for row in example["rows"]]
+        last = torch.tensor([len(idx) - 1 for idx, _ in rows])
+        # a multiple of 16: oneDNN compiles its kernels anew for each length
+        length = min(math.ceil(max(len(idx) for idx, _ in rows) / 16) * 16, self.block_size)
+        idx = torch.tensor([idx + [self.end] * (length - len(idx)) for idx, _ in rows])
+        targets = torch.tensor([learned + [-100] * (length - len(learned)) for _, learned in rows])
         return self.machine.put(idx, targets, last)
 
     def add_head(self, outputs, std):
@@ -313,11 +307,9 @@ class Task:
         return loss
 
     def count(self, batch):
-        """The number of losses that terms() returns for these examples."""
         return len(batch)
 
     def tokens(self, batch):
-        """The number of tokens that these examples have."""
         return sum(len(idx) for example in batch for idx, _ in example["rows"])
 
     def record(self, **values):
@@ -373,10 +365,10 @@ def sample_answers(task, prompts, temperature=1.0):
     """The model's answers to these prompts, in tokens, up to and including the end token. Prompts
     of different lengths go through the model side by side: while some are still being read, the
     answers to shorter ones are already being written."""
-    (idx,) = task.machine.put(pad_sequence(list(map(torch.tensor, prompts)), True, -1))  # -1: open
     start, end = 0, min(map(len, prompts))
-    length = min(idx.size(1) + task.max_new_tokens, task.block_size)
-    idx = F.pad(idx, (0, length - idx.size(1)), value=-1)  # (B, length)
+    length = min(max(map(len, prompts)) + task.max_new_tokens, task.block_size)
+    rows = [prompt + [-1] * (length - len(prompt)) for prompt in prompts]  # -1: still open
+    (idx,) = task.machine.put(torch.tensor(rows))  # (B, length)
     cache, gpt = task.gpt.new_cache(len(idx), length), task.gpt.eval()
     ended = torch.zeros_like(idx[:, 0], dtype=torch.bool)
     with torch.inference_mode(), task.machine.autocast():
@@ -416,14 +408,14 @@ class Classify(Task):
         self.labels = sorted(labels) or self.base.get("labels", [])
         if self.config.balance and examples:
             examples.sort(key=lambda example: hash_fraction(example["text"]))
-            by_label = [[e for e in examples if e["label"] == label] for label in labels]
-            self.splits["train"] = [e for some in by_label for e in some[: min(labels.values())]]
+            groups = [[e for e in examples if e["label"] == label] for label in labels]
+            self.splits["train"] = [e for group in groups for e in group[: min(labels.values())]]
         self.add_head(len(self.labels), std=0.02)
         if len(self.labels) < 2:
             raise ValueError(f"at least two labels are needed; found {self.labels}")
-        for example in itertools.chain(*self.splits.values()):
-            if example["label"] not in self.labels:
-                raise ValueError(f"no training example has the label {example['label']!r}")
+        found = {e["label"] for split in self.splits.values() for e in split}
+        if unknown := found - {*self.labels}:
+            raise ValueError(f"no training example has the label {min(unknown)!r}")
 
     def read(self, path):
         columns = (self.config.label_field, self.config.text_field)
@@ -464,8 +456,8 @@ class Classify(Task):
             right, sums = confusion.diag(), confusion.sum(0) + confusion.sum(1)
             accuracy, f1 = right.sum() / len(labels), (2 * right / sums)[sums > 0].mean()
             common = confusion.sum(1).max() / len(labels)
-            print(f"\n{split:5} accuracy {accuracy:.4f}  macro F1 {f1:.4f}", end="  ")
-            print(f"(always predicting the most common label: {common:.4f})")
+            line = f"\n{split:5} accuracy {accuracy:.4f}  macro F1 {f1:.4f}"
+            print(f"{line}  (always predicting the most common label: {common:.4f})")
             if n <= 12:  # rows: labels, columns: predictions
                 for label, counts in zip(self.labels, confusion.tolist()):
                     print(f"{label[:20]:20}", *(f"{count:5}" for count in counts))
@@ -550,13 +542,13 @@ class DPO(Task):
 
     def terms(self, examples):
         idx, targets, _ = self.collate(examples)  # chosen and rejected answers in turn
-        log_probs = token_log_probs(self.gpt, idx, targets)[0].sum(1).view(-1, 2)  # (P, 2)
+        chosen, rejected = token_log_probs(self.gpt, idx, targets)[0].sum(1).view(-1, 2).T
         with torch.no_grad():
-            reference = token_log_probs(self.reference, idx, targets)[0].sum(1).view(-1, 2)
-        loss, margin = self.objective(*log_probs.T, *reference.T, self.config.beta)
+            reference = token_log_probs(self.reference, idx, targets)[0].sum(1).view(-1, 2).T
+        loss, margin = self.objective(chosen, rejected, *reference, self.config.beta)
         accuracy = (margin > 0) + 0.5 * (margin == 0)  # at the start all margins are 0
         terms = {"loss": loss, "accuracy": accuracy, "margin": margin}
-        return {**terms, "chosen": log_probs[:, 0], "rejected": log_probs[:, 1]}
+        return terms | {"chosen": chosen, "rejected": rejected}
 
 
 class Reward(Task):
@@ -668,8 +660,7 @@ class Policy(Task):
         return {**rollout, "log_probs": log_probs, "reference": reference, "kl": kl}
 
     def updates(self, step):
-        """Samples and scores answers, computes their advantages, and splits them into minibatches,
-        one for each update."""
+        """The step's answers with their advantages, in minibatches, one for each update."""
         examples = [e for e in self.batch(step) for _ in range(self.config.group_size)]
         rollout = self.rollout(examples)  # reproducible, as train() seeds every step
         rollout |= self.credit(rollout)
@@ -861,7 +852,7 @@ def conversation_of(row, *answers):
     if "prompt" in lists:
         messages = lists["prompt"]
     elif said:
-        # what ends with a question is all prompt, if the answers have columns of their own
+        # a list that ends with a question is all prompt, if the answers have their own columns
         is_prompt = role_of(said[-1]) != "assistant" and row.keys() >= {*answers}
         messages = said if is_prompt else said[: last_answer(said)]
     else:
@@ -881,7 +872,7 @@ def conversation_of(row, *answers):
 
 
 def role_of(message):
-    """The role of a message. Raises ValueError if it is none."""
+    """The role of a message. Raises ValueError if it is not a message with a role and text."""
     is_message = isinstance(message, dict) and isinstance(message.get("content"), str)
     if not is_message or message.get("role") not in ALPACA:
         raise ValueError(f"a message needs a role ({', '.join(ALPACA)}) and text in content")
@@ -889,7 +880,7 @@ def role_of(message):
 
 
 def last_answer(messages):
-    """The index of the assistant's last message; without one, that past the end."""
+    """The index of the assistant's last message, or past the end if there is none."""
     said = (i for i, message in enumerate(messages) if role_of(message) == "assistant")
     return max(said, default=len(messages))
 
@@ -897,7 +888,7 @@ def last_answer(messages):
 def to_row(parts, block_size):
     """[(tokens, is_learned), ...] -> idx, targets: lists of one length, at most block_size. A
     target is the token after its idx, or -100 if that one is not learned. A row that is too long
-    loses its start, but not that of its last part; if that alone is too long, also its end."""
+    loses its start, but keeps its last part; if that alone is too long, it loses its end, too."""
     tokens = [token for part, _ in parts for token in part]
     learned = [token if is_learned else -100 for part, is_learned in parts for token in part]
     # the state that predicts the last part's first token is the one before it
@@ -957,11 +948,12 @@ def check(config):
         raise ValueError(f"--group_size={config.group_size}: must be 2 or more, to compare answers")
     if config.predict or config.eval_only:  # writes nothing
         return
-    reads = [config.init_from] + ([config.reward_model] if issubclass(task, Policy) else [])
-    for name in reads:
-        model, out_dir = (pathlib.Path(path).resolve() for path in (name, config.out_dir))
-        if out_dir in (model, model.parent):
-            raise ValueError(f"--out_dir={config.out_dir} would overwrite {name}, which is read")
+    out_dir = pathlib.Path(config.out_dir).resolve()
+    models = [config.init_from] + ([config.reward_model] if issubclass(task, Policy) else [])
+    for model in models:
+        path = pathlib.Path(model).resolve()
+        if out_dir in (path, path.parent):
+            raise ValueError(f"--out_dir={config.out_dir} would overwrite {model}, which is read")
 
 
 def choose_weights(task):
@@ -979,19 +971,21 @@ def choose_weights(task):
 
 def choose_settings(task):
     """The config with values for how fast, how often and how long to train."""
-    config, parameters = task.config, list(task.model.parameters())
+    config, machine, parameters = task.config, task.machine, list(task.model.parameters())
     rate = task.rate * (3 if config.train == "lora" else 1)
     rate *= (128 / task.gpt.config.n_embd) ** 1.5
     per_step = config.batch_size * config.gradient_accumulation_steps
     per_epoch = math.ceil(len(task.lengths) / per_step)
-    chosen = {"learning_rate": config.learning_rate or rate}
-    chosen["eval_interval"] = config.eval_interval or per_epoch
-    chosen["max_iters"] = config.max_iters or math.ceil(config.epochs * per_epoch)
-    config = train.resolve(config, task.machine, task.model, **chosen)
+    chosen = {
+        "learning_rate": config.learning_rate or rate,
+        "eval_interval": config.eval_interval or per_epoch,
+        "max_iters": config.max_iters or math.ceil(config.epochs * per_epoch),
+    }
+    config = train.resolve(config, machine, task.model, **chosen)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
-    print(f"training {trained:,} of {total:,} parameters, learning rate up to", end=" ")
-    print(f"{config.learning_rate:.1e}, on {task.machine.device} in {config.dtype}")
+    print(f"training {trained:,} of {total:,} parameters, on {machine.device} in {config.dtype}")
+    print(f"peak learning rate: {config.learning_rate:.1e}")
     return config
 
 
@@ -1012,14 +1006,13 @@ def answer_held_out(task):
 def write_answers(folder, examples, before, after):
     """Prints a few answers from before and after training and writes all to responses.jsonl."""
     lines, hidden = [], ("rows", "group", "text", "prompt")
-    for example, *answers in zip(examples, before, after):
-        said = {k: example[k] for k in example if k not in hidden}
-        lines.append({**said, **dict(zip(("before", "after"), answers))})
-    for line in lines[:5]:
-        print(f"\n{line['messages'][-1]['content']}\n- {line['before']}\n+ {line['after']}")
+    for example, old, new in zip(examples, before, after):
+        if len(lines) < 5:
+            print(f"\n{example['messages'][-1]['content']}\n- {old}\n+ {new}")
+        said = {key: example[key] for key in example if key not in hidden}
+        lines.append(json.dumps({**said, "before": old, "after": new}, ensure_ascii=False) + "\n")
     if lines:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        prepare_data.write_file(folder / "responses.jsonl", text.encode())
+        prepare_data.write_file(folder / "responses.jsonl", "".join(lines).encode())
 
 
 def main(argv=None):

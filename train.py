@@ -148,7 +148,7 @@ def keep_freed_memory():
     """By default, malloc returns large tensors to the kernel, which clears each page before it
     hands it out again: up to a fifth of a step on a CPU. This keeps them in the process."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # musl has none
+    if hasattr(libc, "mallopt"):  # musl does not have it
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
@@ -304,19 +304,18 @@ class Pretraining:
 
     def describe(self):
         """Prints four lines about the size of the run."""
-        config, total = self.config, self.model.num_params()
+        config, device, total = self.config, self.machine.device, self.model.num_params()
         windows = self.per_step * config.max_iters
         tokens, epochs = windows * config.block_size, windows / self.windows.per_epoch
         # per token: 2 operations for each weight forward and 4 backward, plus attention's two
         # products; an untied token embedding is only looked up
         matrices = total - (0 if config.tie_weights else self.model.transformer.wte.weight.numel())
         flops = 6 * matrices + 12 * config.n_layer * config.n_embd * config.block_size
-        print(f"{total:,} parameters, on {self.machine.device} in {config.dtype}", end=", ")
-        print(f"CPU threads: {config.threads}")
+        print(f"{total:,} parameters, on {device} in {config.dtype}, CPU threads: {config.threads}")
         print(f"{tokens:,} training tokens: {epochs:.1f} epochs")
         print(f"{flops * tokens:.1e} floating-point operations: {flops:,} per token")
-        print(f"{tokens / total:.1f} tokens per parameter", end=" ")
-        print("(about 20 are compute-optimal for large models: Hoffmann et al. 2022)")
+        optimum = "about 20 are compute-optimal for large models: Hoffmann et al. 2022"
+        print(f"{tokens / total:.1f} tokens per parameter ({optimum})")
 
 
 def perplexity(loss):
@@ -330,7 +329,7 @@ def train(config, machine, task, saved=None):
     """Trains task.model for max_iters steps, or until a signal or config.patience ends it. saved is
     the last.pt to resume from; the model already has its weights. A task has
 
-    updates(step)           the updates of a step, each a list of batches to accumulate gradients of
+    updates(step)           the updates of a step, each a list of batches whose gradients are added
     loss(batch)             the sum of the batch's losses
     count(batch)            the number of these losses
     tokens(batch)           the number of tokens in the batch
@@ -441,9 +440,9 @@ def learning_rate_at(step, config):
 
 
 def report(config, machine, task, state, norm, clock, evaluates):
-    """Adds a row to metrics.csv for the steps since the last row, which began at time clock, and
-    prints it; a terminal overwrites lines without an evaluation. Raises ValueError if the loss or
-    the gradient is not finite, before anything is saved."""
+    """Adds a row to metrics.csv for the steps since the last row, timed from clock on, and prints
+    it; a terminal overwrites lines without an evaluation. Raises ValueError if the loss or the
+    gradient is not finite, before anything is saved."""
     seconds = time.perf_counter() - clock
     means = {name: torch.stack(values).mean().item() for name, values in task.measured.items()}
     task.measured.clear()
@@ -486,22 +485,20 @@ def save(config, machine, task, optimizer, state):
             set_aside(folder)
         state["has_saved"] = True
         if is_best or state["best_val_loss"] == math.inf:
-            best = {**task.best_checkpoint(), "step": state["step"]}
-            save_checkpoint(folder / "best.pt", best)
+            save_checkpoint(folder / "best.pt", {**task.best_checkpoint(), "step": state["step"]})
         write_metrics(folder, state["rows"], task.curves)
-        run = {"optimizer": optimizer.state_dict(), "scaler": machine.scaler.state_dict()}
-        run |= {"state": state, "run_config": asdict(config)}
-        save_checkpoint(folder / "last.pt", {**task.checkpoint(), **run})
+        last = {**task.checkpoint(), "run_config": asdict(config), "state": state}
+        last |= {"optimizer": optimizer.state_dict(), "scaler": machine.scaler.state_dict()}
+        save_checkpoint(folder / "last.pt", last)
     machine.sum(0)  # the others wait: torchrun ends all processes as soon as one ends
 
 
 def set_aside(folder):
     """Moves an earlier run in this folder to previous/, in place of what was there. Only the first
     save of a run does this, so a run that fails early replaces nothing."""
-    previous = folder / "previous"
-    has_best, has_last = ((folder / name).exists() for name in ("best.pt", "last.pt"))
+    previous, best, last = folder / "previous", folder / "best.pt", folder / "last.pt"
     # a best.pt alone: its run was killed in its first save, and previous/ holds the one before it
-    if has_last or (has_best and not previous.exists()):
+    if last.exists() or (best.exists() and not previous.exists()):
         previous.mkdir(exist_ok=True)
         for name in RUN_FILES:
             (previous / name).unlink(missing_ok=True)
@@ -512,9 +509,10 @@ def set_aside(folder):
 
 def write_metrics(folder, rows, curves):
     """Writes metrics.csv and, if matplotlib is installed, loss.png."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = [columns, *([row.get(name, "") for name in columns] for row in rows)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in table)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    text = ",".join(columns) + "\n"
+    for row in rows:
+        text += ",".join(str(row.get(name, "")) for name in columns) + "\n"
     try:
         write_file(folder / "metrics.csv", text.encode())
     except PermissionError as error:  # on Windows, while a spreadsheet has it open
@@ -614,10 +612,9 @@ def main(argv=None):
     machine.sum(0)  # waits for rank 0
     meta = open_data(config.data)
     model = make_model(config, flags, meta, saved, machine.device).to(machine.device)
-    # a checkpoint's shape overrides the defaults
-    chosen = {name: getattr(model.config, name) for name in SHAPE}
-    chosen["compile"] = flags.get("compile", machine.compiles(model))
-    config = resolve(config, machine, model, **chosen)
+    shape = {name: getattr(model.config, name) for name in SHAPE}  # a checkpoint has its own
+    compiles = flags.get("compile", machine.compiles(model))
+    config = resolve(config, machine, model, compile=compiles, **shape)
     task = Pretraining(config, machine, model, meta)
     if config.eval_only:
         print(format_metrics(task.evaluate()))
