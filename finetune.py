@@ -141,7 +141,7 @@ def merged_weights(gpt):
 class FinetuneConfig(train.RunConfig):
     task: str = "instruct"  # classify, instruct, choice, dpo, reward, ppo or grpo
     init_from: str = "out"  # the model to start from: a run's folder, gpt2, ...; or resume
-    out_dir: str = ""  # folder for checkpoints and results (default: out/TASK)
+    out_dir: str = ""  # folder for checkpoints and results
     data: str = ""  # examples: .jsonl, .json, .csv, .tsv (default: made from Python's manual)
     val: str = ""  # examples for validation (default: a tenth of data)
     test: str = ""  # examples for the test (default: a tenth of data)
@@ -910,8 +910,10 @@ def batch_at(n, lengths, batch_size, seed):
 
 def digest(model):
     """The SHA-256 of a model's weights."""
-    weights = (weight.cpu().numpy() for weight in model.state_dict().values())
-    return hashlib.sha256(b"".join(weight.tobytes() for weight in weights)).hexdigest()
+    found = hashlib.sha256()
+    for weight in model.state_dict().values():
+        found.update(weight.cpu().numpy())
+    return found.hexdigest()
 
 
 # --- main -----------------------------------------------------------------------------------------
