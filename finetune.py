@@ -1,20 +1,20 @@
 """Fine-tunes a trained GPT to classify texts, follow instructions, or prefer better answers.
 
-    python finetune.py --task=classify      # which package of the library is a docstring from?
-    python finetune.py --task=instruct      # "Explain os.path.join(path, *paths)." -> a sentence
+    python finetune.py --task=classify      # a docstring -> its package
+    python finetune.py --task=instruct      # "Explain os.path.join(path, *paths)." -> an answer
     python finetune.py --task=classify --data=spam.tsv --out_dir=out/spam --train=lora
     python finetune.py --task=classify --init_from=out/spam --predict="You won! Call 09061701461"
     python finetune.py --task=instruct --init_from=gpt2 --data=instructions.json
     python finetune.py --task=choice --data=hellaswag.jsonl             # evaluation only
     python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
-    python finetune.py --task=reward --init_from=out/instruct           # score answers
-    python finetune.py --task=ppo --init_from=out/instruct      # write answers that score highly
-    python finetune.py --task=grpo --init_from=out/instruct     # the same, without a critic
+    python finetune.py --task=reward --init_from=out/instruct           # learn to score answers
+    python finetune.py --task=ppo --init_from=out/instruct    # learn to write answers that score highly
+    python finetune.py --task=grpo --init_from=out/instruct   # the same, without a critic
     python finetune.py --task=grpo --help                       # the task's settings
 
 In the order of reading: the objectives, as functions that can be copied; LoRA; the settings; the
 tasks, each with its loss; reinforcement learning; files and examples. The loop is train.train().
-best.pt is a complete model, LoRA merged in.
+best.pt is a complete model, with LoRA merged in.
 """
 
 import argparse

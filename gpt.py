@@ -1,4 +1,4 @@
-"""A complete GPT in one file that needs nothing but PyTorch.
+"""A complete GPT in one file that needs only PyTorch.
 
     model = GPT(GPTConfig(block_size=128, vocab_size=1024, n_layer=4, n_head=4, n_embd=128))
     logits = model(idx)                          # idx (B, T) token ids -> (B, T, vocab_size)

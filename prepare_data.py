@@ -1,6 +1,6 @@
 """Turns text into tokens: reads text, trains a byte-pair encoding on it and writes token shards.
 
-    python prepare_data.py                                 # Python's own manual, into data/
+    python prepare_data.py                                 # Python's manual, into data/
     python prepare_data.py book.txt --out=data/book        # your text
     python prepare_data.py notes/ more.jsonl page.html https://example.org/book.txt --out=data/mine
     python prepare_data.py stories.txt --separator='\\n\\n\\n' --vocab_size=4096
@@ -213,7 +213,7 @@ def clean(text):
     return text.strip("\n")
 
 
-# --- the default corpus: the manual inside every Python installation ------------------------------
+# --- the default corpus: Python's manual, which is part of every installation ---------------------
 
 
 def python_manual():
@@ -338,13 +338,12 @@ def train_bpe(texts, vocab_size):
             heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
         left, right = pair
-        new = chr(len(tokens))
+        new = chr(len(tokens))  # N below: x N y replaces x left right y
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
         new_pairs = collections.defaultdict(list)  # like pieces_with
         for i in [i for i in dict.fromkeys(pieces_with.pop(pair)) if pair in pieces[i]]:
             parts, count = pieces[i].split(pair), counts[i]
             pieces[i] = new.join(parts)
-            # around each new token N: x N y replaces x left right y
             changes = [(part[-1] + left, part[-1] + new) for part in parts[:-1] if part]  # xN
             changes += [(right + part[0], new + part[0]) for part in parts[1:] if part]  # Ny
             changes += [(right + left, new + new) for part in parts[1:-1] if not part]  # NN

@@ -1,10 +1,10 @@
 """Generates text with a trained GPT.
 
     python sample.py                                            # from out/, a new document
-    python sample.py --init_from=out/book --start="It was a"    # continues a text
+    python sample.py --init_from=out/book --start="It was"      # continues a text
     python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.7 --top_p=0.9
     python sample.py --init_from=gpt2 --start="It was a"        # OpenAI's GPT-2
-    python sample.py --init_from=out/instruct --chat            # a conversation
+    python sample.py --init_from=out/instruct --chat            # chat with it
     python sample.py --start="# os.path." --surprise            # how likely is each token?
     python sample.py --start="# os.path." --attention=attention.png
     python sample.py --init_from=out --save_pretrained=mine     # for Hugging Face transformers

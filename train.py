@@ -7,9 +7,10 @@
     python train.py --eval_only --init_from=out            # prints its validation loss
     torchrun --nproc_per_node=8 train.py                   # on 8 GPUs
 
-The loop is the function train(). A run writes last.pt (everything needed to continue), best.pt (the
-model with the lowest validation loss, for sample.py), metrics.csv and, with matplotlib, loss.png.
-On the same kind of processor, the same --seed, --threads and --dtype give bit-identical weights,
+The loop is the function train(). A run writes best.pt (the model with the lowest validation loss, to
+use or train further), last.pt (everything needed to resume), metrics.csv, and, with matplotlib,
+loss.png.
+On the same kind of processor, the same --seed, --threads, and --dtype give bit-identical weights,
 even if the run is interrupted and resumed.
 """
 
@@ -607,7 +608,7 @@ def main(argv=None):
     machine = Machine(config)
     has_files = any(path.is_file() for path in pathlib.Path(config.data).glob("[!.]*"))
     if config.data == TrainConfig.data and not has_files and machine.rank == 0:
-        print(f"no data in {config.data}/ yet: preparing the manual that comes with Python")
+        print(f"no data in {config.data}/ yet: preparing Python's manual")
         prepare_data.main([f"--out={config.data}"])
     machine.sum(0)  # waits for rank 0
     meta = open_data(config.data)
