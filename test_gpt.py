@@ -203,6 +203,20 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
+def copied(module, *names):
+    """What these definitions, with imports of other projects and nothing else, make of an empty
+    namespace."""
+    namespace = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+        name = getattr(node, "name", name)
+        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+        is_ours = is_import and re.search("prepare_data|train|from gpt", ast.unparse(node))
+        if name in names or is_import and not is_ours:
+            exec(ast.unparse(node), namespace)  # noqa: S102
+    return types.SimpleNamespace(**namespace)
+
+
 @contextlib.contextmanager
 def web_server(folder):
     """A server of the files in folder -> its address, and the list of paths asked for."""
@@ -230,14 +244,15 @@ def test_a_token_changes_no_output_before_it_and_each_one_after_it():
 
 
 @pytest.mark.parametrize("n_new", [9, 4, 1])
-def test_attention_written_out_computes_what_the_fused_kernel_does(n_new):
+def test_attention_copied_alone_computes_what_the_fused_kernel_does(n_new):
     q, k, v = torch.randn(3, 2, 4, 9, 8)
     q = q[:, :, -n_new:]  # the last queries, as with a cache
     mask = torch.ones(n_new, 9, dtype=torch.bool).tril(9 - n_new)
     fused = F.scaled_dot_product_attention(q, k, v, mask)
-    assert_close(gpt.attention_weights(q, k) @ v, fused)
-    assert_close(gpt.attention(q, k, v), fused)
-    written_out = gpt.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    code = copied(gpt, "attention_weights", "attention")
+    assert_close(code.attention_weights(q, k) @ v, fused)
+    assert_close(code.attention(q, k, v), fused)
+    written_out = code.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert_close(written_out.float(), fused, atol=0.03, rtol=0.03)
 
 
@@ -309,21 +324,16 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(vocab_size):
     assert_close(torch.autograd.grad(loss, weights), torch.autograd.grad(plain, weights))
 
 
-def test_logits_that_need_no_gradient_stay_as_they_are():
-    logits, targets = torch.randn(6, 50), tokens((6,))
-    before = logits.clone()
-    losses = gpt.cross_entropy(logits, targets)
-    assert_close(losses, -before.log_softmax(-1)[range(6), targets])
-    assert torch.equal(logits, before)
-
-
-def test_under_autocast_each_loss_keeps_its_precision():
+def test_each_loss_keeps_its_precision_and_logits_that_need_no_gradient_stay_as_they_are():
     head, x = torch.nn.Linear(32, 9000, bias=False), torch.randn(100, 32)
     targets = torch.randint(9000, (100,))
     with torch.autocast("cpu", torch.bfloat16):
-        losses = gpt.cross_entropy(head(x), targets)
-        assert_close(losses, F.cross_entropy(head(x).float(), targets, reduction="none"))
-    assert not torch.equal(losses, losses.bfloat16().float())
+        for logits in (head(x), head(x).detach()):
+            before = logits.detach().clone()
+            losses = gpt.cross_entropy(logits, targets)
+            assert_close(losses, -before.float().log_softmax(-1)[range(100), targets])
+            assert not torch.equal(losses, losses.bfloat16().float())
+    assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -379,13 +389,17 @@ def test_greedy_sampling_takes_the_likeliest_token_and_none_where_one_is_not_fin
                 gpt.sample(torch.tensor([[1.0, 2.0], bad]), temperature)
 
 
-def test_a_logit_of_minus_infinity_bans_its_token():
+def test_a_logit_of_minus_infinity_bans_its_token_even_where_waits_are_zero(monkeypatch):
+    sample_alone = copied(gpt, "sample", "keep_top_p").sample
     logits = torch.tensor([[-math.inf, 0.0, -math.inf]]).expand(50, 3)
     for how in ({}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.9}):
-        assert (gpt.sample(logits, **how) == 1).all()
+        assert (sample_alone(logits, **how) == 1).all()
+    zero = lambda tensor, generator=None: tensor.fill_(-0.0)  # as on MPS
+    monkeypatch.setattr(torch.Tensor, "exponential_", zero)
+    assert (sample_alone(logits) == 1).all()
 
 
-def test_top_k_keeps_exactly_k_tokens_even_among_equals_and_top_p_the_fewest_that_reach_p():
+def test_sampling_follows_the_probabilities_of_the_k_likeliest_or_the_fewest_that_reach_p():
     def drawn(logits, **how):  # what a hundred draws give for each row
         draws = gpt.sample(logits.repeat(100, 1), **how).view(100, -1)
         return [set(row) for row in draws.T.tolist()]
@@ -398,9 +412,6 @@ def test_top_k_keeps_exactly_k_tokens_even_among_equals_and_top_p_the_fewest_tha
     logits = torch.tensor([[0.15, 0.5, 0.3, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
     assert drawn(logits, top_p=0.79) == [{1, 2}, {2, 3}]
     assert drawn(logits, top_p=0.81) == [{0, 1, 2}, {1, 2, 3}]
-
-
-def test_sampling_follows_the_probabilities():
     logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(20_000, 3)
     shares = gpt.sample(logits, temperature=0.5).bincount(minlength=3) / 20_000
     assert_close(shares, torch.tensor([0.01, 0.36, 0.09]) / 0.46, atol=0.02, rtol=0)
@@ -471,29 +482,18 @@ def test_a_device_that_cannot_allocate_is_passed_over_unless_it_is_named(monkeyp
         gpt.pick_device("mps")
 
 
-def test_waits_of_zero_draw_no_banned_token(monkeypatch):
-    zero = lambda tensor, generator=None: tensor.fill_(-0.0)  # as on MPS
-    monkeypatch.setattr(torch.Tensor, "exponential_", zero)
-    assert gpt.sample(torch.tensor([[-math.inf, 0.0]])) == 1
-
-
 @pytest.mark.parametrize("capability, n_embd, compiles", [(6, 512, 0), (7, 512, 1), (9, 16, 0)])
-def test_models_are_compiled_where_that_works_and_pays(capability, n_embd, compiles, monkeypatch):
+def test_only_on_cuda_large_models_are_compiled_and_vocabularies_padded(
+    capability, n_embd, compiles, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     monkeypatch.setattr(sys, "platform", "linux")
-    machine = types.SimpleNamespace(device=torch.device("cuda"))
-    model = GPT(GPTConfig(**{**TINY, "n_embd": n_embd}))
-    assert train.Machine.compiles(machine, model) == bool(compiles)
-    machine.device = torch.device("cpu")
-    assert not train.Machine.compiles(machine, model)
-
-
-def test_a_vocabulary_is_padded_on_cuda_alone():
-    meta, config = {"vocab_size": 285}, train.TrainConfig(n_embd=16, n_head=2)
-    sizes = {"cpu": 285, "cuda": 320}
-    for device, size in sizes.items():
-        model = train.make_model(config, {}, meta, None, torch.device(device))
+    meta, config = {"vocab_size": 285}, train.TrainConfig(n_layer=2, n_head=2, n_embd=n_embd)
+    for device, size in {"cuda": 320, "cpu": 285}.items():
+        machine = types.SimpleNamespace(device=torch.device(device))
+        model = train.make_model(config, {}, meta, None, machine.device)
         assert model.config.vocab_size == size
+        assert train.Machine.compiles(machine, model) == (device == "cuda" and bool(compiles))
 
 
 def test_a_run_in_float16_continues_one_in_float32(monkeypatch):
@@ -525,9 +525,11 @@ def test_the_fast_bpe_learns_what_counting_every_pair_anew_learns(seed):
     assert list(train_bpe([text], 256 + 40).items()) == list(naive_bpe(text, 256 + 40).items())
 
 
-def test_bpe_encode_is_what_tiktoken_does_and_any_text_comes_back_without_special_tokens():
-    ranks, rng = train_bpe([story(500)], 350), random.Random(1)
-    tokenizer = build_tokenizer(json.loads(json.dumps(bpe_spec(ranks))))
+def test_a_bpe_copied_alone_encodes_as_tiktoken_and_any_text_comes_back_without_special_tokens():
+    names = "SPLIT WORD_END END_OF_TEXT ROLES cut count_pieces train_bpe bpe_spec damaged"
+    code = copied(prepare_data, *names.split(), "build_tokenizer")
+    ranks, rng = code.train_bpe([story(500)], 350), random.Random(1)
+    tokenizer = code.build_tokenizer(json.loads(json.dumps(code.bpe_spec(ranks))))
     for text in [story(50, seed=3), "a <|endoftext|> b", *(any_text(rng, 60) for _ in range(50))]:
         pieces = (piece.encode() for piece in regex.findall(SPLIT, text))
         ids = [ranks[token] for piece in pieces for token in bpe_encode(piece, ranks)]
@@ -539,27 +541,6 @@ def test_bpe_encode_is_what_tiktoken_does_and_any_text_comes_back_without_specia
     assert ids == [len(ranks) + i for i in range(4)]
 
 
-def copied(module, *names):
-    """What these definitions, with imports of other projects and nothing else, make of an empty
-    namespace."""
-    namespace = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
-        name = getattr(node, "name", name)
-        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
-        is_ours = is_import and re.search("prepare_data|train|from gpt", ast.unparse(node))
-        if name in names or is_import and not is_ours:
-            exec(ast.unparse(node), namespace)  # noqa: S102
-    return types.SimpleNamespace(**namespace)
-
-
-def test_the_bpe_and_its_tokenizer_can_be_copied():
-    names = "SPLIT WORD_END END_OF_TEXT ROLES cut count_pieces train_bpe bpe_spec damaged"
-    code = copied(prepare_data, *names.split(), "build_tokenizer")
-    tokenizer = code.build_tokenizer(code.bpe_spec(code.train_bpe([story(99)], 270)))
-    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat" and tokenizer.n_vocab == 274
-
-
 @pytest.mark.parametrize("space", [" ", "，"])  # Chinese has no spaces, and is cut, too
 def test_a_text_encoded_in_parts_gives_the_tokens_of_the_whole(space):
     pieces = ["word", space, space * 2, "_", "don't", "12", "é", "漢", "!"]
@@ -568,14 +549,10 @@ def test_a_text_encoded_in_parts_gives_the_tokens_of_the_whole(space):
     parts = list(prepare_data.cut(text, 100))
     assert "".join(parts) == text and len(parts) > 50
     assert list(itertools.chain(*map(encode, parts))) == encode(text)
-
-
-@pytest.mark.parametrize("text", [f"word{' ' * 10**6}word", "\n=" * 10**5 + "漢" * 10**6])
-def test_a_text_with_a_long_piece_is_encoded_in_parts_too(text):
-    encode = build_tokenizer(bpe_spec(train_bpe([story(100)], 280))).encode_ordinary
-    parts = list(prepare_data.cut(text))
-    assert "".join(parts) == text and max(map(len, parts)) <= 2**17
-    assert all(map(encode, parts))  # tiktoken fails at a million spaces
+    for text in (f"word{space * 10**6}word", "\n=" * 10**5 + "漢" * 10**6):  # long pieces
+        parts = list(prepare_data.cut(text))
+        assert "".join(parts) == text and max(map(len, parts)) <= 2**17
+        assert all(map(encode, parts))  # tiktoken fails at a million spaces
 
 
 def test_time_is_linear_in_the_length_of_one_word_or_of_the_accents_on_one_letter():
@@ -603,29 +580,39 @@ def test_tokens_that_are_no_characters_or_missing_have_labels():
     class WithHoles:  # it leaves ids out, as some of tiktoken's do
         decode_single_token_bytes = {0: b"a", 1: "漢".encode()[:2], 2: b"\n"}.__getitem__
 
-    assert [prepare_data.token_bytes(WithHoles, token) for token in (0, 9)] == [b"a", b""]
-    assert [token_label(WithHoles, token) for token in (0, 1, 2, 9)] == [
-        "a",
-        r"\xe6\xbc",
-        r"\n",
-        "",
-    ]
+    labels = [token_label(WithHoles, token) for token in (0, 1, 2, 9)]
+    assert labels == ["a", r"\xe6\xbc", r"\n", ""]
 
 
-def test_text_without_spaces_is_cut_nine_to_one():
-    text = "标题\n" + "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
-    sizes = {name: split["bytes"] for name, split in prepare("data", text)["splits"].items()}
-    assert sizes["val"] / sum(sizes.values()) == pytest.approx(0.1, rel=0.01)
+def test_novels_among_notes_give_their_last_tenths_which_do_not_choose_the_tokens():
+    notes = [f"note {i}" for i in range(299)]
+    novels = [clean(story(20_000) + " xy" * 3000), "".join(map(chr, range(0x4E00, 0x9000)))]
+    assert len(novels[0]) > 2**16  # which is encoded in parts, but counts once
+    meta = prepare("data", "<|endoftext|>".join([*notes, *novels]))  # one has no spaces
+    assert sum(split["documents"] for split in meta["splits"].values()) == 299 + 2 * 2
+    ends = [document for document in documents_in(meta)["val"] if "note" not in document]
+    for novel, end in zip(novels, ends, strict=True):
+        assert novel.endswith(end) and 0.09 < len(end) / len(novel) < 0.11
+    learned = meta["tokenizer"]["tokens"][256:]
+    assert learned and not any("xy" in token for token in learned)
 
 
 def fail(error):
     raise error
 
 
-def test_documents_too_short_for_a_tenth_stay_whole():
-    documents = [f"{i:04}" for i in range(40)]
-    found = documents_in(prepare("data", "<|endoftext|>".join(documents)))
-    assert sorted(found["train"] + found["val"]) == documents
+def test_documents_too_short_for_a_tenth_keep_to_one_split_and_duplicates_are_dropped(capsys):
+    documents = [f"{clean(story(30, seed=i))} {i}é" for i in range(300)]
+    for some in (documents, [f"{i:04}" for i in range(40)]):
+        text = "\t\n".join(some + some[:30])
+        meta = prepare("data", text, r"--separator=\t\n")  # which may have escapes
+        assert "30 duplicates" in capsys.readouterr().out
+        found = documents_in(meta)
+        assert sorted(found["train"] + found["val"]) == sorted(some)
+        assert len(some) / 30 < len(found["val"]) < len(some) / 5
+        for split, stats in meta["splits"].items():
+            assert stats["documents"] == len(found[split])
+            assert stats["bytes"] == sum(len(text.encode()) for text in found[split])
 
 
 def documents_of(*inputs, **how):
@@ -701,30 +688,6 @@ def test_shards_hold_the_whole_text_in_the_order_of_its_documents(monkeypatch):
     # each is more than 1/200 of the text and gives its last tenth
     assert [start + end for start, end in zip(found["train"], found["val"])] == texts
     assert meta["splits"]["val"]["bytes"] / len("".join(texts)) == pytest.approx(0.1, abs=0.02)
-
-
-def test_documents_keep_to_one_split_and_duplicates_are_dropped(capsys):
-    documents = [f"{clean(story(30, seed=i))} {i}é" for i in range(300)]
-    text = "\t\n".join(documents + documents[:50])
-    meta = prepare("data", text, r"--separator=\t\n")  # which may have escapes
-    assert "50 duplicates" in capsys.readouterr().out
-    found = documents_in(meta)
-    assert sorted(found["train"] + found["val"]) == sorted(documents)
-    assert 10 < len(found["val"]) < 60
-    for split, stats in meta["splits"].items():
-        assert stats["documents"] == len(found[split])
-        assert stats["bytes"] == sum(len(text.encode()) for text in found[split])
-
-
-def test_a_novel_among_notes_gives_its_last_tenth_which_does_not_choose_the_tokens():
-    notes, novel = [f"note {i}" for i in range(299)], clean(story(20_000) + " xy" * 3000)
-    assert len(novel) > 2**16  # which is encoded in parts, but counts once
-    meta = prepare("data", "<|endoftext|>".join([*notes, novel]))
-    assert sum(split["documents"] for split in meta["splits"].values()) == 299 + 2
-    (end,) = (document for document in documents_in(meta)["val"] if "note" not in document)
-    assert novel.endswith(end) and 0.09 < len(end) / len(novel) < 0.11
-    learned = meta["tokenizer"]["tokens"][256:]
-    assert learned and not any("xy" in token for token in learned)
 
 
 def test_the_bpe_is_trained_on_a_sample_spread_over_the_training_text(monkeypatch):
@@ -2116,16 +2079,6 @@ def test_help_shows_the_defaults_of_the_task(capsys):
         config, _ = finetune.read_flags([f"--task={task}"])
         assert vars(config).items() >= values.items() and config.out_dir == f"out/{task}"
         assert finetune.read_flags([f"--task={task}", "--batch_size=3"])[0].batch_size == 3
-
-
-def test_attention_and_sampling_can_be_copied_alone():
-    q, k, v = torch.randn(3, 2, 4, 9, 8)
-    code = copied(gpt, "attention_weights", "attention")
-    fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert_close(code.attention(q, k, v), fused)
-    code = copied(gpt, "sample", "keep_top_p")
-    logits = torch.tensor([[0.0, 9.0, -math.inf]]).expand(50, 3)
-    assert (code.sample(logits, top_k=2, top_p=0.9) == 1).all()
 
 
 def test_the_model_alone_needs_nothing_but_torch():
