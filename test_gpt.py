@@ -496,11 +496,6 @@ def test_only_on_cuda_large_models_are_compiled_and_vocabularies_padded(
         assert train.Machine.compiles(machine, model) == (device == "cuda" and bool(compiles))
 
 
-def test_a_run_in_float16_continues_one_in_float32(monkeypatch):
-    run_training("out", "--max_iters=1")
-    resume("out", "--max_iters=2 --dtype=float16")
-
-
 # --- text, tokens, shards -------------------------------------------------------------------------
 
 
@@ -826,9 +821,9 @@ def test_the_default_data_is_made_only_in_an_empty_place(monkeypatch):
 def test_every_window_comes_once_an_epoch_and_none_crosses_a_shard():
     ends = [37, 45, 129, 139]
     shards = [np.arange(start, end) for start, end in itertools.pairwise([0, *ends])]
-    windows, epochs = train.Windows(shards, block_size=8, vocab_size=139, seed=3), []
+    windows = copied(train, "Windows").Windows(shards, block_size=8, vocab_size=139, seed=3)
     assert windows.per_epoch == 3 + 0 + 9 + 1
-    shard_of = lambda ids: np.searchsorted(ends, ids.numpy(), side="right")
+    shard_of, epochs = lambda ids: np.searchsorted(ends, ids.numpy(), side="right"), []
     for epoch in range(3):
         idx, targets = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
         assert torch.equal(targets, idx + 1)
@@ -853,23 +848,26 @@ def test_batches_depend_on_seed_and_number_alone_and_dropout_on_seed_and_step(mo
 
 
 def test_dividing_a_batch_or_logging_and_evaluating_more_often_changes_no_weight():
-    once = run_training("once", "--batch_size=8")
-    often = run_training("often", "--batch_size=8 --eval_interval=1 --log_interval=1")
+    few = "--max_iters=6 --warmup_iters=1"
+    once = run_training("once", f"{few} --batch_size=8")
+    often = run_training("often", f"{few} --batch_size=8 --eval_interval=1 --log_interval=1")
     assert_equal(once["model"], often["model"])
-    whole = run_training("whole", "--batch_size=8 --dropout=0")
-    divided = run_training("divided", "--batch_size=2 --gradient_accumulation_steps=4 --dropout=0")
+    whole = run_training("whole", f"{few} --batch_size=8 --dropout=0")
+    parts = "--batch_size=2 --gradient_accumulation_steps=4"
+    divided = run_training("divided", f"{few} --dropout=0 {parts}")
     assert_close(whole["model"], divided["model"], rtol=1e-3, atol=1e-5)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_minimum():
     config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=100)
-    rates = [train.learning_rate_at(step, config) for step in range(120)]
+    rate = copied(train, "learning_rate_at").learning_rate_at
+    rates = [rate(step, config) for step in range(120)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0
     assert rates[99:] == pytest.approx([0.1] * 21)
     assert (np.diff(rates[:11]) > 0).all() and (np.diff(rates[10:100]) < 0).all()
     for warmup in (0, 99, 100, 200):  # nothing is divided by zero
         config = train.TrainConfig(learning_rate=1e-3, warmup_iters=warmup, max_iters=100)
-        assert all(0 < train.learning_rate_at(step, config) <= 1e-3 for step in range(100))
+        assert all(0 < rate(step, config) <= 1e-3 for step in range(100))
 
 
 def test_weight_decay_is_on_matrices_alone_scales_multiply_the_rate_and_gradients_are_clipped():
@@ -937,26 +935,21 @@ def test_training_stops_when_patience_has_run_out_and_keeps_the_best():
     assert load_checkpoint("out/best.pt")["step"] == 10
 
 
-def test_an_earlier_run_is_moved_aside_by_the_first_save_of_the_next():
-    first = run_training("out")["model"]
-    for _ in range(2):  # runs that never save
-        with pytest.raises(ValueError, match="stopped at step"):
-            run_training("out", "--learning_rate=1e30 --grad_clip=0")
-        assert_equal(first, load_checkpoint("out/last.pt")["model"])
-    run_training("out", "--seed=2 --max_iters=5")
-    assert resume("out", "--max_iters=9")["state"]["step"] == 9
-    assert_equal(first, load_checkpoint("out/previous/last.pt")["model"])
-
-
-def test_a_run_killed_in_its_first_save_does_not_replace_the_one_moved_aside(monkeypatch):
-    first = run_training("out")["model"]
-    write = train.save_checkpoint
+def test_an_earlier_run_is_moved_aside_by_the_first_whole_save_of_the_next(monkeypatch):
+    first, write = run_training("out", "--max_iters=5")["model"], train.save_checkpoint
+    files = {"metrics.csv", "predictions.csv", "responses.jsonl", "best.pt", "last.pt"}
+    write_files({"out/predictions.csv": "", "out/responses.jsonl": ""})
+    with pytest.raises(ValueError, match="stopped at step"):  # before it saves
+        run_training("out", "--learning_rate=1e30 --grad_clip=0")
+    assert_equal(first, load_checkpoint("out/last.pt")["model"])
     kill = lambda path, checkpoint: 1 / 0 if path.name == "last.pt" else write(path, checkpoint)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "save_checkpoint", kill)
         run_training("out", "--seed=2 --max_iters=5")
     assert os.path.exists("out/best.pt") and not os.path.exists("out/last.pt")
     run_training("out", "--seed=3 --max_iters=5")
+    assert resume("out", "--max_iters=9")["state"]["step"] == 9
+    assert set(os.listdir("out/previous")) == files
     for name in ("best.pt", "last.pt"):
         assert_equal(first, load_checkpoint(f"out/previous/{name}")["model"])
 
@@ -972,49 +965,37 @@ def test_metrics_that_a_kill_kept_from_being_written_are_written_by_the_resumed_
     assert column("out", "val_loss") == column("whole", "val_loss")
 
 
-MOMENTS = {  # what to do to one of a weight's moments
-    "short": lambda moments: moments["exp_avg_sq"].resize_(1),
-    "missing": lambda moments: moments.clear(),
-    "two steps": lambda moments: moments.update(step=torch.zeros(2)),
-    "without memory of its own": lambda moments: moments.update(
-        exp_avg=torch.zeros(1).expand(moments["exp_avg"].shape)
-    ),
-}
+BAD_RUNS = [  # what the error must say, what to do to last.pt
+    ("", lambda last: last["optimizer"]["state"][0]["exp_avg_sq"].resize_(1)),
+    ("", lambda last: last["optimizer"]["state"][0].clear()),
+    ("", lambda last: last["optimizer"]["state"][0].update(step=torch.zeros(2))),
+    ("batch_size is '4'", lambda last: last["run_config"].update(batch_size="4")),
+    ("step is '4'", lambda last: last["state"].update(step="4")),
+]
 
 
-@pytest.mark.parametrize("how", MOMENTS)
-def test_moments_that_do_not_fit_their_weights_never_reach_adamw(how):
-    last = run_training("out", "--max_iters=1")
-    MOMENTS[how](last["optimizer"]["state"][0])
-    gpt.save_checkpoint("out/last.pt", last)
-    if how == "without memory of its own":
-        assert resume("out", "--max_iters=3")["state"]["step"] == 3
-    else:
-        with pytest.raises(ValueError, match="last.pt: damaged"):
-            resume("out", "--max_iters=3")
+@pytest.mark.parametrize("complaint, change", BAD_RUNS)
+def test_a_run_with_moments_settings_or_counts_that_do_not_fit_is_refused(complaint, change):
+    last = load_checkpoint("base/last.pt")
+    change(last)
+    gpt.save_checkpoint("last.pt", last)
+    with pytest.raises(ValueError, match=f"last.pt: damaged.*{complaint}"):
+        resume(".", "--max_iters=21")
 
 
-@pytest.mark.parametrize("place", ["run_config", "state"])
-def test_a_setting_or_count_of_another_type_is_refused(place):
-    last = run_training("out", "--max_iters=1")
-    last[place]["batch_size" if place == "run_config" else "step"] = "4"
-    gpt.save_checkpoint("out/last.pt", last)
-    with pytest.raises(ValueError, match="last.pt: damaged.* is '4'"):
-        resume("out", "--max_iters=3")
-
-
-def test_a_run_older_than_a_setting_is_resumed_with_its_default():
-    last = run_training("out", "--max_iters=1")
-    del last["run_config"]["patience"]
-    gpt.save_checkpoint("out/last.pt", last)
-    assert resume("out", "--max_iters=3")["run_config"]["patience"] == 0
-
-
-def test_a_resumed_run_keeps_the_dtype_that_it_began_with(monkeypatch):
+def test_a_resumed_run_keeps_its_settings_and_takes_defaults_for_newer_ones(monkeypatch):
     monkeypatch.setattr(train, "pick_dtype", lambda device: torch.bfloat16)
-    run_training("out", "--dtype=")
+    last = run_training("out", "--max_iters=1 --dtype= --threads=1")
+    del last["run_config"]["patience"]
+    moments = last["optimizer"]["state"][0]  # without memory of their own: AdamW needs it
+    moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
+    gpt.save_checkpoint("out/last.pt", last)
     monkeypatch.setattr(train, "pick_dtype", lambda device: torch.float32)
-    assert resume("out", "--max_iters=25")["run_config"]["dtype"] == "bfloat16"
+    torch.set_num_threads(2)
+    config = resume("out", "--max_iters=2")["run_config"]
+    assert (config["dtype"], config["patience"]) == ("bfloat16", 0)
+    assert torch.get_num_threads() == 1
+    resume("out", "--max_iters=3 --dtype=float16")  # which has no scaler to restore
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1028,13 +1009,13 @@ def test_a_signal_lets_the_step_finish_and_saves(number, monkeypatch):
 
 
 def test_a_killed_run_resumes_to_the_same_bits():
-    flags = "--eval_interval=2 --eval_iters=1 --max_iters=60"
-    run = start(f"-m train --data=prepared --out_dir=killed {SMALL} {flags}")
+    flags = "--eval_interval=2 --eval_iters=1 --lr_decay_iters=100"
+    run = start(f"-m train --data=prepared --out_dir=killed {SMALL} {flags} --max_iters=1000")
     wait_for("killed/last.pt", run)
     run.kill()
     run.wait()
-    assert load_checkpoint("killed/last.pt")["state"]["step"] < 60
-    assert_same_run(resume("killed"), run_training("whole", flags))
+    flags += f" --max_iters={load_checkpoint('killed/last.pt')['state']['step'] + 4}"
+    assert_same_run(resume("killed", flags), run_training("whole", flags))
 
 
 @on_posix
@@ -1143,13 +1124,6 @@ def test_a_small_model_is_trained_on_one_thread_where_two_are_no_faster(
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(now))
     torch.set_num_threads(2)
     assert train.pick_threads(GPT(GPTConfig(**{**TINY, "n_embd": n_embd}))) == threads
-
-
-def test_a_resumed_run_keeps_its_number_of_threads():
-    train.main(f"--data=prepared {SMALL} --max_iters=1 --eval_iters=1 --threads=1".split())
-    torch.set_num_threads(2)
-    train.main(["--init_from=resume", "--max_iters=2"])
-    assert torch.get_num_threads() == 1
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
@@ -1640,14 +1614,6 @@ def test_a_run_is_not_resumed_on_other_models_than_it_began_with(name, changed, 
         finetune.main(f"--task={name} --init_from=resume --out_dir={name} --max_iters=12".split())
 
 
-def test_a_new_run_moves_the_answers_of_the_one_before_aside():
-    run_finetune("instruct")
-    before = pathlib.Path("instruct/responses.jsonl").read_bytes()
-    run_finetune("instruct", "--seed=2 --learning_rate=0.1")
-    assert pathlib.Path("instruct/previous/responses.jsonl").read_bytes() == before
-    assert pathlib.Path("instruct/responses.jsonl").read_bytes() != before
-
-
 def test_a_classifier_learns_answers_and_can_be_trained_further(capsys):
     flags = "--max_iters=300 --lm_weight=0.1 --learning_rate=3e-3 --patience=20 --eval_interval=20"
     _, best = run_finetune("classify", flags, labeled(200))
@@ -2101,13 +2067,6 @@ assert len(list(model.generate(idx, 9, top_k=5, top_p=0.9))) == 9
         }
     )
     assert start("run.py").wait(60) == 0
-
-
-def test_windows_and_schedule_can_be_copied_alone():
-    idx, targets = copied(train, "Windows").Windows([np.arange(100)], 8, 100).batch(0, 5)
-    assert torch.equal(targets, idx + 1) and idx.shape == (5, 8)
-    config = train.TrainConfig(learning_rate=1.0, warmup_iters=1, max_iters=9)
-    assert copied(train, "learning_rate_at").learning_rate_at(1, config) == 1.0
 
 
 def test_each_objective_can_be_copied_alone():
