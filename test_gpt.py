@@ -82,6 +82,7 @@ def made_once(tmp_path_factory):
         "words/meta.json": "not JSON",
         "bird.jsonl": [{"text": "a", "label": "bird"}],
         "cats.jsonl": labeled(40),
+        "one_label.jsonl": [{"text": str(i), "label": "b"} for i in range(50)],
     }
     write_files(files, folder)
     return folder
@@ -771,14 +772,6 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
         except (FileNotFoundError, ValueError) as error:
             assert "prepare_data.py" in str(error)
     assert n > 12
-
-
-def test_an_alpaca_prompt_announces_an_input_where_there_is_one():
-    tokenizer = build_tokenizer(prepare_data.open_data("prepared")["tokenizer"])
-    for question, has_input in {"add\n\n### Input:\n1 2": True, "add 1 2": False}.items():
-        messages = [{"role": "user", "content": question}]
-        prompt = tokenizer.decode(prepare_data.chat_prompt(messages, tokenizer, "alpaca"))
-        assert ("paired with an input" in prompt) == has_input
 
 
 def test_what_meta_json_lacks_or_gets_wrong_is_reported_at_once(monkeypatch):
@@ -1509,8 +1502,8 @@ def test_an_example_too_long_loses_its_beginning_but_keeps_an_answer():
     assert finetune.to_row(parts, 3) == ([3, 4, 4], [4, 4, 4])  # the end of the answer goes, too
 
 
-def test_padding_changes_neither_loss_nor_score():
-    task, rows = make_task("classify"), [[5], [1, 2, 3], [9] * 16]
+def test_padding_is_to_few_lengths_within_the_context_and_changes_neither_loss_nor_score():
+    task, rows = make_task("classify", "--block_size=40"), [[5], [1, 2, 3], [9] * 16]
     task.model.eval()
     examples = [{"rows": [(row, [*row[1:], -100])]} for row in rows]
     idx, targets, _ = task.collate(examples)
@@ -1520,6 +1513,8 @@ def test_padding_changes_neither_loss_nor_score():
         by_hand = task.gpt.lm_head(x).log_softmax(-1)[range(len(row) - 1), row[1:]]
         assert_close(log_probs[i], F.pad(by_hand, (0, 16 - len(by_hand))))
         assert_close(task.scores_of(examples)[i], task.model["head"](x[-1]))
+    widths = {task.collate([{"rows": [([1] * n, [1] * n)]}])[0].size(1) for n in range(1, 41)}
+    assert widths == {16, 32, 40}
 
 
 def test_targets_weigh_the_same_in_any_division_and_tokens_never_read_stay_as_they_are():
@@ -1533,18 +1528,10 @@ def test_targets_weigh_the_same_in_any_division_and_tokens_never_read_stay_as_th
     assert unchanged[ord("Q")] and not unchanged.all()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "classify",
-        "classify --lm_weight=0",
-        "instruct --train=lora",
-        "dpo",
-        "reward",
-        "ppo",
-        "grpo --train=lora --group_size=3",
-    ],
-)
+RESUMED = ["classify", "classify --lm_weight=0", "instruct --train=lora", "dpo", "reward", "ppo"]
+
+
+@pytest.mark.parametrize("flags", [*RESUMED, "grpo --train=lora --group_size=3"])
 def test_resumed_fine_tuning_is_uninterrupted_fine_tuning(flags, toy_reward):
     name, _, flags = f"{flags} --dropout=0.1 --lora_dropout=0.1".partition(" ")
     whole = run_finetune(name, flags)
@@ -1554,35 +1541,31 @@ def test_resumed_fine_tuning_is_uninterrupted_fine_tuning(flags, toy_reward):
     assert_equal(whole[1]["model"], load_checkpoint(f"{name}/best.pt")["model"])
 
 
-def test_a_run_stopped_before_its_first_evaluation_leaves_a_model_and_resumes(monkeypatch, capsys):
-    terms, calls = finetune.Instruct.terms, itertools.count(1)
-
-    def stopped(task, examples):
-        if task.model.training and next(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return terms(task, examples)
-
-    whole = run_finetune("instruct", "--out_dir=whole --max_iters=12", folder="whole")
+def test_a_run_stopped_before_its_first_evaluation_leaves_a_model_and_resumes(monkeypatch):
+    clip, steps = train.clip_grad_norm_, itertools.count(1)
+    stopping = lambda *args: (
+        (next(steps) == 3 and signal.raise_signal(signal.SIGINT)) or clip(*args)
+    )
+    whole, _ = run_finetune("instruct", "--out_dir=whole", folder="whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(finetune.Instruct, "terms", stopped)
+        patch.setattr(train, "clip_grad_norm_", stopping)
         run_finetune("instruct")
     assert load_checkpoint("instruct/best.pt")["step"] == 3
     sample.main(["--init_from=instruct", "--max_new_tokens=3"])
     finetune.main(["--task=instruct", "--init_from=resume", "--out_dir=instruct"])
-    assert_same_run(whole[0], load_checkpoint("instruct/last.pt"))
+    assert_same_run(whole, load_checkpoint("instruct/last.pt"))
 
 
-@pytest.mark.parametrize("name", ["dpo", "ppo"])
-@pytest.mark.parametrize("changed", ["init_from", "reward_model"])
-def test_a_run_is_not_resumed_on_other_models_than_it_began_with(name, changed, toy_reward):
-    if (name, changed) == ("dpo", "reward_model"):
-        return  # reads none
+@pytest.mark.parametrize(
+    "name, folder", [("dpo", "start"), ("ppo", "start"), ("ppo", "out/reward")]
+)
+def test_a_run_is_not_resumed_on_other_models_than_it_began_with(name, folder, toy_reward):
     shutil.copytree("base", "start")
     run_finetune(name, "--init_from=start --max_iters=6")
-    path = {"init_from": "start/best.pt", "reward_model": "out/reward/best.pt"}[changed]
-    model = load_checkpoint(path)
+    model = load_checkpoint(folder)
     model["model"]["transformer.ln_f.bias"][0] += 1
-    gpt.save_checkpoint(path, model)
+    gpt.save_checkpoint(f"{folder}/best.pt", model)
+    changed = {"start": "init_from", "out/reward": "reward_model"}[folder]
     with pytest.raises(ValueError, match=f"{changed} differs"):
         finetune.main(f"--task={name} --init_from=resume --out_dir={name} --max_iters=12".split())
 
@@ -1666,27 +1649,21 @@ def test_batches_hold_every_example_once_an_epoch_and_mostly_of_one_length():
         assert sorted(itertools.chain(*epoch)) == list(range(203))
         assert np.mean([np.ptp(lengths[batch]) for batch in epoch]) < np.ptp(lengths) / 2
     assert epochs[1] != epochs[0] == [batch(n) for n in range(26)]
-
-
-def test_pairs_are_batched_by_their_longer_answer():
     rows = [{**row, "rejected": "a" + " the" * (i % 9)} for i, row in enumerate(preferred(60))]
-    task = make_task("dpo", rows=rows)
+    task = make_task("dpo", rows=rows)  # of a pair, the longer answer counts
     longest = [max(len(idx) for idx, _ in e["rows"]) for e in task.splits["train"]]
     assert list(task.lengths) == longest
 
 
-def test_epochs_become_steps_and_each_ends_with_an_evaluation():
-    task = make_task("instruct", "--max_iters=0 --eval_interval=0 --epochs=2.5 --batch_size=4")
-    n = math.ceil(len(task.splits["train"]) / 4)
-    config = finetune.choose_settings(task)
-    assert config.eval_interval == n > 9 and config.max_iters == math.ceil(2.5 * n)
-
-
-def test_learning_rates_fall_with_the_width_and_are_higher_for_lora():
+def test_settings_that_are_not_given_depend_on_the_data_the_width_and_lora():
     save_sampler(n_embd=64)
-    rate = lambda flags="": finetune.choose_settings(make_task("instruct", flags)).learning_rate
+    chosen = lambda flags="": finetune.choose_settings(make_task("instruct", flags))
+    rate = lambda flags="": chosen(flags).learning_rate
     assert rate() / rate("--init_from=.") == pytest.approx((64 / 16) ** 1.5)
     assert rate("--train=lora") == 3 * rate() and rate("--learning_rate=0.5") == 0.5
+    config = chosen("--max_iters=0 --eval_interval=0 --epochs=2.5 --batch_size=4")
+    n = math.ceil(len(make_task("instruct").splits["train"]) / 4)
+    assert config.eval_interval == n > 9 and config.max_iters == math.ceil(2.5 * n)
 
 
 def test_short_texts_and_few_prompts_train_too(toy_reward):
@@ -1706,6 +1683,7 @@ def test_instruction_tuning_is_measured_and_answers_before_and_after(capsys):
     test = {instruction for instruction, place in places.items() if 0.1 <= place < 0.2}
     assert {line["messages"][0]["content"] for line in answers} == test
     assert re.search(r"\ntest +loss", capsys.readouterr().out)
+    assert finetune.up_to_100(range(250)) == range(0, 250, 3)  # of more, a hundred over all
 
 
 def test_multiple_choice_picks_the_likelier_ending(capsys):
@@ -1752,35 +1730,35 @@ def test_conversations_come_as_texts_or_as_lists_of_messages():
         assert found == {"messages": user, "text": "hi", "chosen": "yes", "rejected": "no"}
     found = finetune.conversation_of({"messages": user + said + user + said + user}, "output")
     assert found["messages"] == user + said + user and found["output"] == "yes"
-    row = {"instruction": "add", "input": "1 2", "output": "3"}
-    assert "### Input:\n1 2" in finetune.conversation_of(row)["messages"][0]["content"]
+    tokenizer = build_tokenizer(load_checkpoint("base")["tokenizer"])
+    for given in ({"input": "1 2"}, {}):  # Alpaca's prompt announces an input where there is one
+        said = finetune.conversation_of({"instruction": "add", **given})["messages"]
+        prompt = tokenizer.decode(prepare_data.chat_prompt(said, tokenizer, "alpaca"))
+        assert ("### Input:\n1 2" in prompt) == ("paired with an input" in prompt) == bool(given)
 
 
-BAD_EXAMPLES = {  # what the error must say: task, rows
-    "line 1: no text in column text ": ("classify", [{"body": "a", "label": "b"}]),
-    "line 1: no text in column label": ("classify", [{"text": "a", "label": None}]),
-    "line 1: label must be text": ("classify", [{"text": "a", "label": " "}]),
-    "at least two labels": ("classify", [{"text": str(i), "label": "b"} for i in range(50)]),
-    "too few examples": ("classify", [{"text": "a", "label": "a"}]),
-    "line 1: .*list": ("classify", [["a", "b"]]),
-    "there is no prompt": ("instruct", [{"messages": [{"role": "assistant", "content": "a"}]}]),
-    "no text in column output": ("instruct", [{"messages": [{"role": "user", "content": "a"}]}]),
-    "output must be text": ("instruct", [{"instruction": "a", "output": ""}]),
-    "no text in column instruction or prompt": ("instruct", [{"output": "a"}]),
-    "a message needs a role .system": (
-        "instruct",
-        [{"messages": [{"role": "robot", "content": "a"}]}],
-    ),
-    "no text in column rejected": ("reward", [{"prompt": "a", "chosen": "b"}]),
-    "line 1: label 0, but 1 endings": ("choice", [{"ctx": "a", "endings": ["b"], "label": 0}]),
+USER = {"role": "user", "content": "a"}
+BAD_EXAMPLES = {  # what the error must say: task, row
+    "line 1: no text in column text ": ("classify", {"body": "a", "label": "b"}),
+    "line 1: no text in column label": ("classify", {"text": "a", "label": None}),
+    "line 1: label must be text": ("classify", {"text": "a", "label": " "}),
+    "too few examples": ("classify", {"text": "a", "label": "a"}),
+    "line 1: .*list": ("classify", ["a", "b"]),
+    "there is no prompt": ("instruct", {"messages": [{**USER, "role": "assistant"}]}),
+    "no text in column output": ("instruct", {"messages": [USER]}),
+    "output must be text": ("instruct", {"instruction": "a", "output": ""}),
+    "no text in column instruction or prompt": ("instruct", {"output": "a"}),
+    "a message needs a role .system": ("instruct", {"messages": [{**USER, "role": "robot"}]}),
+    "no text in column rejected": ("reward", {"prompt": "a", "chosen": "b"}),
+    "line 1: label 0, but 1 endings": ("choice", {"ctx": "a", "endings": ["b"], "label": 0}),
 }
 
 
 @pytest.mark.parametrize("complaint", BAD_EXAMPLES)
 def test_a_bad_example_is_refused_with_its_place(complaint):
-    name, rows = BAD_EXAMPLES[complaint]
+    name, row = BAD_EXAMPLES[complaint]
     with pytest.raises(ValueError, match=complaint):
-        run_finetune(name, rows=rows)
+        run_finetune(name, rows=[row])
 
 
 def test_pretraining_and_fine_tuning_hold_out_the_same_modules_of_the_manual(monkeypatch):
@@ -1807,14 +1785,14 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_modules_of_the_manual(mon
 
 
 def test_the_losses_of_preferences_are_their_equations():
-    chosen, rejected, ref_chosen, ref_rejected = (-torch.rand(4, 50) * 90).double()
-    dpo_loss = copied(finetune, "dpo_loss").dpo_loss
-    losses, margins = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3)
+    chosen, rejected, ref_chosen, ref_rejected = (-torch.rand(4, 50) * 9).double()
+    losses, margins = copied(finetune, "dpo_loss").dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, beta=3
+    )
     ratio = (chosen - ref_chosen) - (rejected - ref_rejected)
-    assert_close([losses, margins], [-(1 / (1 + (-0.3 * ratio).exp())).log(), 0.3 * ratio])
-    losses = copied(finetune, "reward_loss").reward_loss(chosen / 90, rejected / 90)
-    wins = (chosen / 90).exp() / ((chosen / 90).exp() + (rejected / 90).exp())
-    assert_close(losses, -wins.log())
+    assert_close([losses, margins], [-(1 / (1 + (-3 * ratio).exp())).log(), 3 * ratio])
+    losses = copied(finetune, "reward_loss").reward_loss(chosen, rejected)
+    assert_close(losses, -(chosen.exp() / (chosen.exp() + rejected.exp())).log())
 
 
 @pytest.mark.parametrize("weights", ["all", "lora"])
@@ -1915,22 +1893,19 @@ def test_ppo_rewards_the_last_token_with_the_score_and_each_with_its_drift(toy_r
     assert_close(credit["advantages"], (expected - mean) / std * mask)
 
 
-def test_an_answer_that_does_not_end_scores_one_less(toy_reward, monkeypatch):
+def test_a_critic_takes_a_tenth_of_a_squared_error_and_an_unended_answer_scores_one_less(
+    toy_reward, monkeypatch
+):
     task = make_task("ppo")
+    batch = task.updates(0)[0][0] | {"advantages": torch.zeros(1)}
+    errors = (batch["values"] - batch["returns"])[batch["targets"] != -100]
+    assert_close(task.loss(batch), 0.1 * errors.square().sum() / 2)
     word = task.tokenizer.encode_ordinary("red")
     answers = lambda *args, **how: [word, [*word, task.end]]
     monkeypatch.setattr(finetune, "sample_answers", answers)
     sampled = task.rollout(task.splits["train"][:2])
     assert sampled["ended"].tolist() == [False, True]
     assert sampled["scores"].diff().item() == pytest.approx(1)
-
-
-def test_a_critic_learns_from_half_the_gradient_of_its_squared_error_times_a_tenth(toy_reward):
-    task = make_task("ppo")
-    batch = task.updates(0)[0][0] | {"advantages": torch.zeros(1)}
-    loss = task.loss(batch)
-    errors = batch["values"] - batch["returns"]
-    assert_close(loss, 0.05 * (errors[batch["targets"] != -100]).square().sum())
 
 
 def test_prompts_of_all_lengths_are_answered_as_if_each_were_alone():
@@ -1943,17 +1918,6 @@ def test_prompts_of_all_lengths_are_answered_as_if_each_were_alone():
         alone = task.gpt.generate(idx, limit, temperature=0, stop_token=task.end)
         assert answer[:limit] == [token.item() for token in alone]
     assert len({len(answer) for answer in answers}) > 1 or len(answers[0]) == 9
-
-
-def test_rows_are_padded_to_few_lengths_within_the_context():
-    task = make_task("classify", "--block_size=40")
-    widths = {task.collate([{"rows": [([1] * n, [1] * n)]}])[0].size(1) for n in range(1, 41)}
-    assert widths == {16, 32, 40}
-
-
-def test_a_hundred_examples_are_spread_over_all():
-    assert finetune.up_to_100(range(250)) == range(0, 250, 3)
-    assert finetune.up_to_100(range(7)) == range(7)
 
 
 def test_grpo_compares_the_answers_to_one_prompt(toy_reward):
@@ -2084,6 +2048,7 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (finetune, "FLAG=0: must be 1 or more", "--group_size=0", "--lora_rank=0"),
     (finetune, "--train=head", "--task=instruct --train=head"),
     (finetune, "the label 'bird'", "--val=bird.jsonl"),
+    (finetune, "at least two labels", "--data=one_label.jsonl"),
     (finetune, "base has no head for --task=classify: train one", "--predict=a"),
     (finetune, "--predict is empty", "--predict="),
     (finetune, "begun by another script", "--out_dir=base --init_from=resume"),
