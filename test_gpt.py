@@ -738,7 +738,7 @@ def test_preparing_anew_replaces_its_own_files_and_no_others(monkeypatch):
     assert set(os.listdir("data")) - {"train_00000.npy.tmp"} - links == ours | others
 
 
-def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch):
+def test_a_kill_before_any_file_operation_or_a_full_disk_leaves_whole_data_or_none(monkeypatch):
     def before_each_operation(event, args):
         left[0] -= event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
         if left[0] < 0:
@@ -761,6 +761,12 @@ def test_a_kill_before_any_file_operation_leaves_whole_data_or_none(monkeypatch)
         except (FileNotFoundError, ValueError) as error:
             assert "prepare_data.py" in str(error)
     assert n > 12
+    words = "1000 requested and 4 written"
+    monkeypatch.setattr(np, "save", lambda path, shard: path.touch() or fail(OSError(words)))
+    with pytest.raises(OSError, match=f"^data could not.*{words}"):
+        prepare("data", texts[0])
+    assert documents_in(prepare_data.open_data("data")) == whole[1]
+    assert not os.path.exists("data/.prepare_data")
 
 
 def test_what_meta_json_lacks_or_gets_wrong_is_reported_at_once(monkeypatch):
@@ -776,15 +782,6 @@ def test_what_meta_json_lacks_or_gets_wrong_is_reported_at_once(monkeypatch):
     monkeypatch.setattr("tiktoken.get_encoding", None)  # it may need the network
     write_files({"data/meta.json": json.dumps({**meta, "tokenizer": {"name": "gpt2"}})})
     prepare_data.open_data("data")
-
-
-def test_a_full_disk_is_named_and_leaves_what_was_there(monkeypatch):
-    whole, words = documents_in(prepare("data", story(300))), "1000 requested and 4 written"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=f"^data could not.*{words}"):
-        patch.setattr(np, "save", lambda path, shard: path.touch() or fail(OSError(words)))
-        prepare("data", story(500))
-    assert documents_in(prepare_data.open_data("data")) == whole
-    assert not os.path.exists("data/.prepare_data")
 
 
 def test_the_default_data_is_made_only_in_an_empty_place(monkeypatch):
@@ -1156,9 +1153,8 @@ def test_pictures_are_drawn_where_there_is_matplotlib(monkeypatch):
     sample.main(draw)
     for path in ("a.png", "out/loss.png"):
         Image.open(path).load()  # decodes all of it, and fails where something is amiss
-    shown, model = [], GPT.from_pretrained("base")
+    shown, titles, model = [], [], GPT.from_pretrained("base")
     monkeypatch.setattr(Axes, "imshow", lambda panel, image, **how: shown.append(image))
-    titles = []
     monkeypatch.setattr(Axes, "set_title", lambda panel, title, **how: titles.append(title))
     sample.main(draw)
     assert titles == ["layer 1, head 1", "layer 1, head 2"]
@@ -1172,10 +1168,8 @@ def test_pictures_are_drawn_where_there_is_matplotlib(monkeypatch):
 def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system_prompt(capsys, monkeypatch):
     tokenizer, prompts = save_sampler(block_size=60), []
     answer = [[token] for token in (*tokenizer.encode_ordinary("yes"), tokenizer.eot_token)]
-    generate = lambda _, idx, *args, **how: (
-        prompts.extend(idx.tolist()) or map(torch.tensor, answer)
-    )
-    monkeypatch.setattr(GPT, "generate", generate)
+    reply = lambda prompt: prompts.extend(prompt.tolist()) or map(torch.tensor, answer)
+    monkeypatch.setattr(GPT, "generate", lambda model, idx, *args, **how: reply(idx))
     questions = ["the cat", "the dog", "a house", "a red cat", "not " * 60]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n  \n".join(questions)))  # and empty lines
     sample.main(["--init_from=.", "--chat", "--max_new_tokens=20", "--system=be kind"])
@@ -1761,15 +1755,27 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_modules_of_the_manual(mon
         assert row["output"].startswith("Return ") and row["output"].endswith("thing.")
 
 
-def test_the_losses_of_preferences_are_their_equations():
+def test_objectives_copied_alone_are_their_equations():
+    alone = lambda name: getattr(copied(finetune, name), name)
     chosen, rejected, ref_chosen, ref_rejected = (-torch.rand(4, 50) * 9).double()
-    losses, margins = copied(finetune, "dpo_loss").dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, beta=3
-    )
+    losses, margins = alone("dpo_loss")(chosen, rejected, ref_chosen, ref_rejected, beta=3)
     ratio = (chosen - ref_chosen) - (rejected - ref_rejected)
     assert_close([losses, margins], [-(1 / (1 + (-3 * ratio).exp())).log(), 3 * ratio])
-    losses = copied(finetune, "reward_loss").reward_loss(chosen, rejected)
+    losses = alone("reward_loss")(chosen, rejected)
     assert_close(losses, -(chosen.exp() / (chosen.exp() + rejected.exp())).log())
+    # the clipped loss gains nothing beyond its bounds
+    new = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1]).log().requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
+    losses, clipped = alone("clipped_loss")(new, torch.zeros(5), advantages)
+    assert_close(losses, -torch.tensor([1.2, -0.8, -1.5, 0.5, 1.1]))
+    assert clipped.tolist() == [True] * 4 + [False]
+    losses.sum().backward()
+    assert (new.grad == 0).tolist() == [True, True, False, False, False]
+    # the estimate of the KL is never negative, and its mean is the KL
+    (p, q), kl_estimate = torch.rand(2, 5).softmax(-1).double(), alone("kl_estimate")
+    estimates = kl_estimate(p.log(), q.log())
+    assert (estimates >= 0).all() and not kl_estimate(p.log(), p.log()).any()
+    assert_close((p * estimates).sum(), F.kl_div(q.log(), p, reduction="sum"))
 
 
 @pytest.mark.parametrize("weights", ["all", "lora"])
@@ -1811,25 +1817,6 @@ def test_advantages_are_their_definition():
         for t in range(end - start):
             decay = (0.9 * 0.8) ** torch.arange(end - start - t)
             assert_close(found[row, start + t], (decay * deltas[t:]).sum())
-
-
-def test_the_clipped_loss_gains_nothing_beyond_its_bounds():
-    new = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1]).log().requires_grad_()
-    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
-    clipped_loss = copied(finetune, "clipped_loss").clipped_loss
-    losses, clipped = clipped_loss(new, torch.zeros(5), advantages)
-    assert_close(losses, -torch.tensor([1.2, -0.8, -1.5, 0.5, 1.1]))
-    assert clipped.tolist() == [True] * 4 + [False]
-    losses.sum().backward()
-    assert (new.grad == 0).tolist() == [True, True, False, False, False]
-
-
-def test_the_kl_estimate_is_never_negative_and_its_mean_is_the_kl():
-    p, q = torch.rand(2, 5).softmax(-1).double()
-    kl_estimate = copied(finetune, "kl_estimate").kl_estimate
-    estimates = kl_estimate(p.log(), q.log())
-    assert (estimates >= 0).all() and not kl_estimate(p.log(), p.log()).any()
-    assert_close((p * estimates).sum(), F.kl_div(q.log(), p, reduction="sum"))
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
@@ -1949,12 +1936,11 @@ def test_every_setting_is_a_flag_that_its_comment_explains(config_class):
 
 
 def test_help_shows_the_defaults_of_the_task(capsys):
-    for task, flag, value in [("grpo", "group_size", 8), ("ppo", "group_size", 1)]:
-        for form in (f"--task={task}", f"--task {task}"):
-            with pytest.raises(SystemExit) as stopped:
-                finetune.main(f"{form} --help".split())
-            found = re.search(rf"--{flag} [^-]*\(default:\s+(\d+)\)", capsys.readouterr().out)
-            assert stopped.value.code == 0 and found[1] == str(value)
+    for form, value in {"--task=grpo": "8", "--task ppo": "1"}.items():
+        with pytest.raises(SystemExit) as stopped:
+            finetune.main(f"{form} --help".split())
+        found = re.search(r"--group_size [^-]*\(default:\s+(\d+)\)", capsys.readouterr().out)
+        assert stopped.value.code == 0 and found[1] == value
     for task, values in finetune.TASK_DEFAULTS.items():
         config, _ = finetune.read_flags([f"--task={task}"])
         assert vars(config).items() >= values.items() and config.out_dir == f"out/{task}"
@@ -1992,8 +1978,11 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (prepare_data, "FLAG: no (such file|files)", "gone.txt", "empty", "pipe"),
     (prepare_data, "gpt9.*gpt2", "other.txt --tokenizer=gpt9"),
     (prepare_data, "TIKTOKEN_CACHE_DIR.*--tokenizer=bpe", "other.txt --tokenizer=r50k_base"),
-    (prepare_data, "meta.json", "other.txt --out=object", "other.txt --out=list"),
-    (prepare_data, "meta.json", "other.txt --out=words"),
+    (
+        prepare_data,
+        "meta.json",
+        *(f"other.txt --out={name}" for name in ("object", "list", "words")),
+    ),
     (prepare_data, "another run", "other.txt --out=locked"),
     (prepare_data, "FLAG=100: must be 256 or more", "--vocab_size=100"),
     (prepare_data, "FLAG=0: must be 1 or more", "--bpe_sample_mb=0", "--min_chars=0"),
@@ -2073,25 +2062,29 @@ def test_the_impossible_is_refused_and_changes_no_file(script, says, flags, caps
 
 
 def test_scripts_end_bad_input_with_code_2_and_show_the_traceback_to_developers():
-    for command in ("-m train --data=nowhere", "-m prepare_data --nowhere=3"):
-        process = start(command, stderr=subprocess.PIPE)
-        (line,) = process.communicate(timeout=60)[1].splitlines()
+    commands = ["-m train --data=nowhere", "-m prepare_data --nowhere=3"]
+    commands.append("-X dev -m train --data=nowhere")
+    processes = [start(command, stderr=subprocess.PIPE) for command in commands]
+    *errors, traceback = [process.communicate(timeout=60)[1] for process in processes]
+    for process, error in zip(processes, errors):
+        (line,) = error.splitlines()
         assert "nowhere" in line and process.returncode == 2
-    process = start("-X dev -m train --data=nowhere", stderr=subprocess.PIPE)
-    assert re.search("(?s)Traceback.*Error: --data=nowhere", process.communicate(timeout=60)[1])
+    assert re.search("(?s)Traceback.*Error: --data=nowhere", traceback)
 
 
 @on_posix
 def test_sample_runs_with_closed_streams_and_a_reader_that_leaves():
     command = "-m sample --init_from=base --max_new_tokens=3000 --temperature=2 --top_k=0"
-    run = functools.partial(subprocess.run, shell=True, capture_output=True, text=True)
-    assert run(f"'{sys.executable}' {command} --max_new_tokens=9 >&- 2>&-").returncode == 0
-    closed = run(f"'{sys.executable}' {command} --chat <&-")
-    assert closed.returncode == 2 and len(closed.stderr.splitlines()) == 1
-    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(1)
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 141
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    in_shell = functools.partial(subprocess.Popen, shell=True, text=True, **streams)
+    without_outputs = in_shell(f"'{sys.executable}' {command} --max_new_tokens=9 >&- 2>&-")
+    without_input = in_shell(f"'{sys.executable}' {command} --chat <&-")
+    left = start(command, **streams)
+    left.stdout.read(1)
+    left.stdout.close()
+    assert left.stderr.read() == "" and left.wait() == 141
+    assert without_outputs.wait() == 0
+    assert len(without_input.communicate()[1].splitlines()) == 1 and without_input.returncode == 2
 
 
 def test_the_line_ends_with_the_place_where_reading_failed(capsys):
