@@ -257,7 +257,8 @@ def test_attention_copied_alone_computes_what_the_fused_kernel_does(n_new):
     assert_close(written_out.float(), fused, atol=0.03, rtol=0.03)
 
 
-def test_dropout_drops_its_share_scales_the_rest_and_draws_anew():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_scales_the_rest_and_draws_anew(dtype):
     model = tiny_model(dropout=0.2, block_size=999, n_embd=100).train()
     model.transformer.update({"h": torch.nn.ModuleList(), "ln_f": torch.nn.Identity()})
     torch.nn.init.constant_(model.transformer.wte.weight, 3.0)
@@ -266,10 +267,7 @@ def test_dropout_drops_its_share_scales_the_rest_and_draws_anew():
     assert (once == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
     assert_close(once[once != 0].unique(), torch.tensor([3 / 0.8]), rtol=1e-4, atol=0)
     assert not torch.equal(once, again)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_on_attention_weights_is_on_in_training_and_keeps_their_mean(dtype):
+    # on attention weights
     q, k, v = torch.zeros(3, 1000, 1, 8, 8, dtype=dtype)
     dropped = gpt.attention(q, k, v + torch.eye(8, dtype=dtype), 0.5).float()
     assert ((dropped == 0).float().mean() - 0.72).abs() < 0.03  # 28 of 64 weights, and half of 36
@@ -280,13 +278,17 @@ def test_dropout_on_attention_weights_is_on_in_training_and_keeps_their_mean(dty
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_reading_in_steps_with_a_cache_is_reading_at_once(dtype, atol):
+def test_reading_in_steps_with_a_cache_or_with_packed_weights_is_reading_at_once(dtype, atol):
     model, idx = tiny_model().to(dtype), tokens((3, 16))
+    at_once, logits = model.hidden(idx), model(idx)
     cache, parts = model.new_cache(3, 16), zip(idx.split([5, 1, 4, 6], dim=1), [0, 5, 6, 10])
     steps = [model.hidden(part, cache, start) for part, start in parts]
-    assert_close(torch.cat(steps, dim=1), model.hidden(idx), atol=atol, rtol=0)
+    assert_close(torch.cat(steps, dim=1), at_once, atol=atol, rtol=0)
     with pytest.raises(ValueError, match="17 tokens do not fit"):
         model.hidden(idx[:, :1], cache, 16)
+    sample.pack_weights(model)
+    model.transformer.h[0].mlp.c_fc.weight.data.zero_()  # only the packed copy is read
+    assert_close(model(idx), logits, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("n_prompt", [10, 40])
@@ -1071,14 +1073,6 @@ def test_small_models_are_sampled_on_one_thread_and_measured_and_exported_in_flo
     assert_equal(GPT.from_pretrained("hf")(idx), GPT.from_pretrained("best.pt")(idx))
 
 
-def test_weights_packed_for_generation_give_the_same_logits():
-    model, idx = tiny_model(), tokens((2, 16))
-    logits = model(idx)
-    sample.pack_weights(model)
-    model.transformer.h[0].mlp.c_fc.weight.data.zero_()  # only the packed copy is read
-    assert_close(model(idx), logits)
-
-
 @pytest.mark.parametrize(("seconds", "n_embd", "threads"), [(0.5, 16, 2), (1, 16, 1), (9, 512, 2)])
 def test_a_small_model_is_trained_on_one_thread_where_two_are_no_faster(
     seconds, n_embd, threads, monkeypatch
@@ -1203,7 +1197,7 @@ def test_transformers_computes_the_same_logits(bias, tie_weights):
     assert_close(theirs(idx).logits, GPT.from_pretrained("hf")(idx), atol=1e-5, rtol=0)
 
 
-def test_safetensors_files_of_any_precision_alignment_and_prefix_are_read():
+def test_models_of_any_precision_alignment_and_prefix_are_read():
     import safetensors.torch
 
     model, path = tiny_model(), pathlib.Path("model.safetensors")
@@ -1220,7 +1214,12 @@ def test_safetensors_files_of_any_precision_alignment_and_prefix_are_read():
     path.write_bytes((end - 7).to_bytes(8, "little") + data[8:end] + b" " + data[end:])
     assert_equal(dict(GPT.from_pretrained(path).state_dict()), dict(model.state_dict()))
     shutil.copy("base/best.pt", ".")  # an export does not hide the run in its folder
-    assert_equal(load_checkpoint(".")["model"], load_checkpoint("base")["model"])
+    best, base = load_checkpoint("."), load_checkpoint("base")
+    assert_equal(best["model"], base["model"])
+    for dtype in (torch.double, torch.half):  # mixed precisions are made float32
+        best["model"][BIAS] = best["model"][BIAS].to(dtype)
+        logits = GPT.from_checkpoint(best)(torch.arange(9)[None])
+        assert_close(logits, GPT.from_checkpoint(base)(torch.arange(9)[None]), atol=1e-2, rtol=0)
 
 
 def safetensors_file(length=None, data=b"\0" * 8, **changes):
@@ -1290,14 +1289,6 @@ def test_an_export_over_another_that_is_cut_short_is_not_loaded(n_files, monkeyp
         sample.main(export)
     with pytest.raises(OSError, match="config.json"):
         GPT.from_pretrained("hf")
-
-
-def test_weights_of_mixed_precisions_are_made_float32():
-    best, idx = load_checkpoint("base"), tokens((1, 4))
-    logits = GPT.from_checkpoint(best)(idx)
-    for dtype in (torch.double, torch.half):
-        best["model"][BIAS] = best["model"][BIAS].to(dtype)
-        assert_close(GPT.from_checkpoint(best)(idx), logits, atol=1e-2, rtol=0)
 
 
 def test_transformers_makes_the_same_tokens():
@@ -1474,8 +1465,9 @@ def test_an_example_too_long_loses_its_beginning_but_keeps_an_answer():
     assert finetune.to_row(parts, 3) == ([3, 4, 4], [4, 4, 4])  # the end of the answer goes, too
 
 
-def test_padding_is_to_few_lengths_within_the_context_and_changes_neither_loss_nor_score():
-    task, rows = make_task("classify", "--block_size=40"), [[5], [1, 2, 3], [9] * 16]
+@pytest.mark.parametrize("name", ["classify", "reward"])
+def test_padding_is_to_few_lengths_and_changes_neither_loss_nor_score_nor_precision(name):
+    task, rows = make_task(name, "--block_size=40 --dtype=bfloat16"), [[5], [1, 2, 3], [9] * 16]
     task.model.eval()
     examples = [{"rows": [(row, [*row[1:], -100])]} for row in rows]
     idx, targets, _ = task.collate(examples)
@@ -1484,7 +1476,10 @@ def test_padding_is_to_few_lengths_within_the_context_and_changes_neither_loss_n
         x = task.gpt.hidden(torch.tensor([row]))[0]
         by_hand = task.gpt.lm_head(x).log_softmax(-1)[range(len(row) - 1), row[1:]]
         assert_close(log_probs[i], F.pad(by_hand, (0, 16 - len(by_hand))))
-        assert_close(task.scores_of(examples)[i], task.model["head"](x[-1]))
+        assert_close(task.scores_of(examples)[i], task.apply_head(x[-1]))
+    with task.machine.autocast():
+        scores = task.scores_of(examples)
+    assert not torch.equal(scores, scores.bfloat16().float())
     widths = {task.collate([{"rows": [([1] * n, [1] * n)]}])[0].size(1) for n in range(1, 41)}
     assert widths == {16, 32, 40}
 
@@ -1571,14 +1566,6 @@ def test_a_classifiers_curves_compare_like_with_like():
     label_loss, val_loss = (column("classify", name)[0] for name in finetune.Classify.curves)
     assert label_loss == pytest.approx(val_loss, abs=0.1)  # nothing is learned
     assert column("classify", "train_loss")[0] > label_loss + 0.5
-
-
-@pytest.mark.parametrize("name", ["classify", "reward"])
-def test_scores_keep_their_precision_under_autocast(name):
-    task = make_task(name, "--dtype=bfloat16")
-    with task.machine.autocast():
-        scores = task.scores_of(task.splits["train"][:16])
-    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_a_longer_context_grows_positions_that_are_trained():
@@ -1978,11 +1965,7 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (prepare_data, "FLAG: no (such file|files)", "gone.txt", "empty", "pipe"),
     (prepare_data, "gpt9.*gpt2", "other.txt --tokenizer=gpt9"),
     (prepare_data, "TIKTOKEN_CACHE_DIR.*--tokenizer=bpe", "other.txt --tokenizer=r50k_base"),
-    (
-        prepare_data,
-        "meta.json",
-        *(f"other.txt --out={name}" for name in ("object", "list", "words")),
-    ),
+    (prepare_data, "meta.json", "--out=object", "--out=list", "--out=words"),
     (prepare_data, "another run", "other.txt --out=locked"),
     (prepare_data, "FLAG=100: must be 256 or more", "--vocab_size=100"),
     (prepare_data, "FLAG=0: must be 1 or more", "--bpe_sample_mb=0", "--min_chars=0"),
