@@ -5,12 +5,12 @@
     python finetune.py --task=classify --data=spam.tsv --out_dir=out/spam --train=lora
     python finetune.py --task=classify --init_from=out/spam --predict="You won! Call 09061701461"
     python finetune.py --task=instruct --init_from=gpt2 --data=instructions.json
-    python finetune.py --task=choice --data=hellaswag.jsonl             # evaluation only
-    python finetune.py --task=dpo --init_from=out/instruct              # prefer the better answer
-    python finetune.py --task=reward --init_from=out/instruct           # learn to score answers
-    python finetune.py --task=ppo --init_from=out/instruct    # learn to write answers that score highly
+    python finetune.py --task=choice --data=hellaswag.jsonl   # evaluation only
+    python finetune.py --task=dpo --init_from=out/instruct    # prefer the better answer
+    python finetune.py --task=reward --init_from=out/instruct # learn to score answers
+    python finetune.py --task=ppo --init_from=out/instruct    # learn answers that score highly
     python finetune.py --task=grpo --init_from=out/instruct   # the same, without a critic
-    python finetune.py --task=grpo --help                       # the task's settings
+    python finetune.py --task=grpo --help                     # the task's settings
 
 In the order of reading: the objectives, as functions that can be copied; LoRA; the settings; the
 tasks, each with its loss; reinforcement learning; files and examples. The loop is train.train().
@@ -54,8 +54,8 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1):
 
 
 def reward_loss(chosen, rejected):
-    """The Bradley-Terry model: −log σ(chosen − rejected), for the scores of both answers, each (N,);
-    returns (N,). (Ouyang et al. 2022, equation 1, with K = 2 answers to each prompt.)"""
+    """The Bradley-Terry model: −log σ(chosen − rejected), for the scores of both answers, each
+    (N,); returns (N,). (Ouyang et al. 2022, equation 1, with K = 2 answers to each prompt.)"""
     return -F.logsigmoid(chosen - rejected)
 
 
@@ -675,10 +675,10 @@ class Policy(Task):
 
 
 class GRPO(Policy):
-    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): samples several answers
-    to each prompt and compares each to its group. The paper averages the loss over the tokens of
-    each answer, then over answers, and makes one update per rollout; here, every token weighs the
-    same, and there are epochs × minibatches updates."""
+    """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): samples several
+    answers to each prompt and compares each to its group. The paper averages the loss over the
+    tokens of each answer, then over answers, and makes one update per rollout; here, every token
+    weighs the same, and there are epochs × minibatches updates."""
 
     def credit(self, rollout):
         """All tokens of an answer get its advantage."""
@@ -696,9 +696,9 @@ class GRPO(Policy):
 
 
 class PPO(Policy):
-    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): a critic predicts, at
-    each token, the reward still to come, so that each token gets its own advantage. Unlike equation
-    9 of Schulman et al., the loss has no entropy term."""
+    """Proximal policy optimization (Schulman et al. 2017; Ouyang et al. 2022): a critic predicts,
+    at each token, the reward still to come, so that each token gets its own advantage. Unlike
+    equation 9 of Schulman et al., the loss has no entropy term."""
 
     def set_up(self):
         super().set_up()

@@ -7,11 +7,10 @@
     python train.py --eval_only --init_from=out            # prints its validation loss
     torchrun --nproc_per_node=8 train.py                   # on 8 GPUs
 
-The loop is the function train(). A run writes best.pt (the model with the lowest validation loss, to
-use or train further), last.pt (everything needed to resume), metrics.csv, and, with matplotlib,
-loss.png.
-On the same kind of processor, the same --seed, --threads, and --dtype give bit-identical weights,
-even if the run is interrupted and resumed.
+The loop is the function train(). A run writes best.pt (the model with the lowest validation loss,
+to use or train further), last.pt (everything needed to resume), metrics.csv, and, with matplotlib,
+loss.png. On the same kind of processor, the same --seed, --threads, and --dtype give bit-identical
+weights, even if the run is interrupted and resumed.
 """
 
 import bisect
