@@ -1810,6 +1810,11 @@ def test_advantages_are_their_definition():
             assert_close(found[row, start + t], (decay * deltas[t:]).sum())
 
 
+def test_a_model_that_was_not_taught_to_score_scores_no_answers():
+    with pytest.raises(ValueError, match="base has no head for --task=reward"):
+        make_task("ppo", "--reward_model=base")
+
+
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_first_update_of_a_policy_is_on_policy(name, toy_reward, monkeypatch):
     task, rollouts = make_task(name), []
