@@ -264,7 +264,8 @@ class Pretraining:
             self.forward = torch.nn.parallel.DistributedDataParallel(self.forward)
 
     def updates(self, step):
-        """This process's share of the step's windows, as the batches of one update."""
+        """This process's share of the step's windows, as the batches of one update. A run that is
+        resumed with another number of windows per step skips or repeats some."""
         size, count = self.config.batch_size, self.config.gradient_accumulation_steps
         first = step * self.per_step + self.machine.rank * count * size
         return [[self.windows.batch(first + i * size, size) for i in range(count)]]
@@ -406,8 +407,8 @@ def restore(saved, config, optimizer, scaler):
     if saved:
         with damaged(f"{config.out_dir}/last.pt"):
             # moments come from the file, hyperparameters from config
-            moments = {"state": saved["optimizer"]["state"]}
-            optimizer.load_state_dict(optimizer.state_dict() | moments)
+            all_moments = {"state": saved["optimizer"]["state"]}
+            optimizer.load_state_dict(optimizer.state_dict() | all_moments)
             for parameter, moments in optimizer.state.items():
                 for name in ("exp_avg", "exp_avg_sq"):  # AdamW writes past the end of a short one
                     moments[name] = moments[name].reshape(parameter.shape).contiguous()
