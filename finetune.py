@@ -1,6 +1,6 @@
 """Fine-tunes a trained GPT to classify texts, follow instructions, or prefer better answers.
 
-    python finetune.py --task=classify      # a docstring -> its package
+    python finetune.py --task=classify      # a paragraph of Python's manual -> code or prose
     python finetune.py --task=instruct      # "Explain os.path.join(path, *paths)." -> an answer
     python finetune.py --task=classify --data=spam.tsv --out_dir=out/spam --train=lora
     python finetune.py --task=classify --init_from=out/spam --predict="You won! Call 09061701461"
@@ -10,6 +10,7 @@
     python finetune.py --task=reward --init_from=out/instruct # learn to score answers
     python finetune.py --task=ppo --init_from=out/instruct    # learn answers that score highly
     python finetune.py --task=grpo --init_from=out/instruct   # the same, without a critic
+    python finetune.py --task=grpo --init_from=out/sums --data=sums.jsonl --reward=exact.py
     python finetune.py --task=grpo --help                     # the task's settings
 
 In the order of reading: the objectives, as functions that can be copied; LoRA; the settings; the
@@ -25,8 +26,11 @@ import hashlib
 import io
 import json
 import math
+import operator
 import pathlib
 import re
+import runpy
+import traceback
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -37,7 +41,7 @@ from torch import nn
 import prepare_data
 import train
 from gpt import GPT, cross_entropy, load_checkpoint, sample
-from prepare_data import ALPACA, HELD_OUT, clean, damaged, hash_fraction, library_docstrings
+from prepare_data import HELD_OUT, clean, damaged, hash_fraction, library_docstrings, text_of
 
 # --- objectives -----------------------------------------------------------------------------------
 
@@ -166,12 +170,13 @@ class FinetuneConfig(train.RunConfig):
     label_field: str = "label"  # column with the label
     lm_weight: float = 0.5  # how much the next-token loss counts beside the label's
     balance: bool = False  # downsample every label to the size of the rarest
+    pooling: str = "mean"  # what the head reads: the mean of all tokens, or the last one
     predict: str = ""  # classify this text (reward: score this answer) and exit
     # conversations, and reinforcement learning (RL) on them
     template: str = ""  # prompt format: roles (special tokens) or alpaca (default: the model's)
     loss_on_prompt: bool = False  # for instruct: learn the prompts, too
     beta: float = 0.1  # for dpo and RL: the penalty for drifting from the reference model
-    reward_model: str = "out/reward"  # for RL: a checkpoint of --task=reward
+    reward: str = "out/reward"  # for RL: a checkpoint of --task=reward, or a program, FILE.py
     group_size: int = 1  # for RL: answers per prompt
 
 
@@ -202,6 +207,7 @@ class Task:
     labels = None
     writes_text = True  # after training, rather than giving a label or a score
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
+    legend = ""  # explains the figures on the screen
 
     def __init__(self, config, machine, base, has_examples=True):
         """base is the checkpoint that training starts from."""
@@ -229,9 +235,9 @@ class Task:
     def set_up(self):
         """Override to add anything beyond the model and the examples."""
 
-    def read(self, path):
+    def read(self, path, skip):
         """Yields (where, row) of a file or, without one, of the default examples."""
-        return read_rows(path) if path else manual_answers()
+        return prepare_data.read_rows(path, skip=skip) if path else manual_answers()
 
     def encode(self, row):
         example = conversation_of(row, *self.columns)
@@ -267,12 +273,13 @@ class Task:
         return self.machine.put(idx, targets, last)
 
     def add_head(self, outputs, std):
-        """A linear layer that reads the last token of a text, whose state has seen the whole text.
-        The head of a checkpoint of the same task, with the same labels, is reused."""
+        """A linear layer that turns states of the model into labels, or into a score. The head of a
+        checkpoint of the same task, with the same labels, is reused."""
         config, base = self.config, self.base
         is_there = (base.get("task"), base.get("labels")) == (config.task, self.labels)
         if not (is_there or self.writes_text) and (config.predict or config.eval_only):
             raise ValueError(f"{config.init_from} has no head for --task={config.task}: train one")
+        self.pooling = base.get("pooling", "last") if is_there else config.pooling
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
@@ -285,10 +292,18 @@ class Task:
         with torch.autocast(x.device.type, enabled=False):
             return self.model["head"](x.float())
 
+    def pool(self, x, last):
+        """States (R, T, C) -> what the head reads, (R, C): the mean of all tokens, or only the last
+        token, whose state has seen the whole text."""
+        if self.pooling == "last":
+            return x[torch.arange(len(x)), last]
+        is_padding = torch.arange(x.shape[1], device=x.device) > last[:, None]
+        return x.masked_fill(is_padding[..., None], 0).sum(1) / (last[:, None] + 1)
+
     def scores_of(self, examples):
         """The head's output for each row, (R, outputs)."""
         idx, _, last = self.collate(examples)
-        return self.apply_head(self.gpt.hidden(idx)[torch.arange(len(idx)), last])
+        return self.apply_head(self.pool(self.gpt.hidden(idx), last))
 
     def batch(self, n):
         numbers = batch_at(n, self.lengths, self.config.batch_size, self.config.seed)
@@ -342,7 +357,8 @@ class Task:
         best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
         best |= {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
         if "head" in self.model:
-            best |= {"head": self.model["head"].state_dict(), "labels": self.labels}
+            head = self.model["head"].state_dict()
+            best |= {"head": head, "labels": self.labels, "pooling": self.pooling}
         return best
 
     def load_best(self, best):
@@ -417,9 +433,9 @@ class Classify(Task):
         if unknown := found - {*self.labels}:
             raise ValueError(f"no training example has the label {min(unknown)!r}")
 
-    def read(self, path):
+    def read(self, path, skip):
         columns = (self.config.label_field, self.config.text_field)
-        return read_rows(path, columns) if path else manual_texts()
+        return prepare_data.read_rows(path, columns, skip) if path else manual_texts()
 
     def encode(self, row):
         text, label = text_of(row, self.config.text_field), text_of(row, self.config.label_field)
@@ -433,7 +449,7 @@ class Classify(Task):
         idx, targets, last = self.collate(examples)
         labels = torch.tensor([self.labels.index(e["label"]) for e in examples], device=idx.device)
         x = self.gpt.hidden(idx)
-        scores = self.apply_head(x[torch.arange(len(x)), last])
+        scores = self.apply_head(self.pool(x, last))
         loss = label_loss = F.cross_entropy(scores, labels, reduction="none")
         accuracy = (scores.argmax(-1) == labels).float()
         if not self.model.training:
@@ -535,6 +551,7 @@ class DPO(Task):
     rate = 1e-4
     columns = ("chosen", "rejected")
     objective = staticmethod(dpo_loss)
+    legend = "accuracy: the share of pairs whose margin (see dpo_loss) is above 0"
 
     def set_up(self):
         self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
@@ -575,9 +592,9 @@ class Reward(Task):
         head = {"weight": weight / scores.std(), "bias": (bias - scores.mean()) / scores.std()}
         return {**super().best_checkpoint(), "head": head}
 
-    def score(self, conversations):
-        """[(messages, answer), ...] -> their scores, (N,), on the CPU."""
-        examples = [{"rows": [self.row(*conversation)]} for conversation in conversations]
+    def score(self, prompts, answers):
+        """The scores of answers to these prompts, each a list of messages: (N,), on the CPU."""
+        examples = [{"rows": [self.row(*pair)]} for pair in zip(prompts, answers)]
         return torch.cat(self.in_batches(examples, self.scores_of))[:, 0].cpu()
 
     def predict(self, text):
@@ -585,14 +602,45 @@ class Reward(Task):
         example = {"messages": [], "output": text}
         if text.startswith("{"):
             example = conversation_of(json.loads(text), "output")
-        print(f"{self.score([(example['messages'], example['output'])]).item():+.4f}")
+        print(f"{self.score([example['messages']], [example['output']]).item():+.4f}")
 
 
 # --- reinforcement learning -----------------------------------------------------------------------
 
 
+def model_reward(path, machine):
+    """The scores that a reward model gives: a function of examples and answers -> (N,), on the CPU;
+    and the model's digest."""
+    config = FinetuneConfig(task="reward", init_from=path, eval_only=True, batch_size=16)
+    task = Reward(config, machine, load_checkpoint(path), has_examples=False)
+    score = lambda examples, answers: task.score([e["messages"] for e in examples], answers)
+    return score, digest(task.model)
+
+
+def program_reward(path):
+    """The same for the function reward(example, answer) -> float in a Python file, where example is
+    the row of the data, with all its columns."""
+    source, reward = pathlib.Path(path).read_bytes(), runpy.run_path(path).get("reward")
+    if reward is None:
+        raise ValueError(f"{path} has no function reward(example, answer)")
+
+    def score(examples, answers):
+        scores = []
+        for row, answer in zip((example["row"] for example in examples), answers):
+            try:
+                scores.append(float(reward(row, answer)))
+            except Exception as error:
+                traceback.print_exc()
+                raise ValueError(f"{path}: reward() failed (see above) for {row}") from error
+            if not math.isfinite(scores[-1]):
+                raise ValueError(f"{path}: reward() is {scores[-1]} for {answer!r}, {row}")
+        return torch.tensor(scores)
+
+    return score, hashlib.sha256(source).hexdigest()
+
+
 class Policy(Task):
-    """Learns to write answers that a reward model scores highly, but stays close to the reference,
+    """Learns to write answers that earn a high reward, but stays close to the reference,
     the initial model. A step samples answers to some prompts and scores them (rollout), turns the
     scores into an advantage for each token (credit), and trains several times on shuffled parts of
     the rollout (updates, loss).
@@ -604,16 +652,23 @@ class Policy(Task):
 
     rate = 1e-4
     curves = ("score", "val_score")
+    legend = (
+        "score: the reward of the sampled answers; kl: how far the model has moved, in nats; ended: "
+        "the share of answers that end; clipped: the share of tokens whose probability changed by "
+        "more than a fifth in a step; val_loss: beta * kl - score"
+    )
     epochs, minibatches = 4, 4  # passes over a step's answers; updates in each pass
     unfinished = -1.0  # added to the score of an answer that does not end
 
     def set_up(self):
-        path = self.config.reward_model
-        config = FinetuneConfig(task="reward", init_from=path, eval_only=True, batch_size=16)
-        self.reward = Reward(config, self.machine, load_checkpoint(path), has_examples=False)
+        path = self.config.reward
+        is_program = path.endswith(".py")
+        found = program_reward(path) if is_program else model_reward(path, self.machine)
+        self.reward, self.inputs["reward"] = found
         self.inputs["init_from"] = digest(self.gpt)
-        self.inputs["reward_model"] = digest(self.reward.model)
-        self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
+        self.reference = None  # needed only for the penalty
+        if self.config.beta > 0:
+            self.reference = copy.deepcopy(self.gpt).to(self.machine.device).requires_grad_(False)
         # prompt and answer must fit the context together, as the model reads them in training
         self.max_new_tokens = min(self.max_new_tokens, self.block_size // 2)
 
@@ -630,7 +685,7 @@ class Policy(Task):
     def measure(self, split):
         """On up to 100 prompts. The best checkpoint has the highest score minus beta times KL."""
         torch.manual_seed(0)  # the same samples in every evaluation; train() seeds again
-        rollout = self.rollout(up_to_100(self.splits[split]))
+        rollout = self.rollout(evenly_spaced(self.splits[split], 100))
         score, kl = rollout["scores"].mean().item(), rollout["kl"].mean().item()
         return {"loss": self.config.beta * kl - score, "score": score, "kl": kl}
 
@@ -645,15 +700,17 @@ class Policy(Task):
         prompts = [example["prompt"] for example in examples]
         answers = sample_answers(self, prompts)
         ended = torch.tensor([answer[-1] == self.end for answer in answers])
-        texts = [(e["messages"], text_of_answer(self, a)) for e, a in zip(examples, answers)]
-        scores = self.reward.score(texts) + self.unfinished * ~ended
+        texts = [text_of_answer(self, answer) for answer in answers]
+        scores = self.reward(examples, texts) + self.unfinished * ~ended
         pairs = [[(prompt, False), (a, True)] for prompt, a in zip(prompts, answers)]
         idx, targets, _ = self.collate([{"rows": [to_row(p, self.block_size)]} for p in pairs])
         scores, ended = self.machine.put(scores, ended)
         rollout = {"idx": idx, "targets": targets, "scores": scores, "ended": ended}
         with torch.no_grad(), self.machine.autocast():  # sample_answers() turned dropout off
             log_probs, states = token_log_probs(self.gpt, idx, targets)
-            reference, _ = token_log_probs(self.reference, idx, targets)
+            reference = log_probs  # without a reference, kl is 0
+            if self.reference:
+                reference, _ = token_log_probs(self.reference, idx, targets)
             if "head" in self.model:
                 rollout["values"] = self.apply_head(states)[..., 0]
         kl = (log_probs - reference).sum(1)
@@ -731,15 +788,18 @@ class PPO(Policy):
 
 
 def manual_texts():
-    """Yields (where, row): docstrings of Python's library, labeled with the package that they are
-    from, for the eight packages with the most docstrings, up to 300 of each."""
-    found = collections.defaultdict(list)  # package -> [(module, docstring)]
-    for module, title, text in sorted(library_docstrings(), key=lambda doc: hash_fraction(doc[1])):
-        if "." in module and clean(text):
-            found[module.split(".")[0]].append((module, text))
-    for label in sorted(found, key=lambda label: len(found[label]), reverse=True)[:8]:
-        for module, text in found[label][:300]:
-            yield module, {"text": text, "label": label, "group": module}
+    """Yields (where, row): paragraphs of Python's manual, with the label code or prose. Code is what
+    follows the prompt >>> in an example; prose starts with a capital and ends with a period."""
+    found = {"code": {}, "prose": {}}  # {paragraph: its document}
+    for group, document in prepare_data.python_manual():
+        for text in clean(document).split("\n\n"):
+            code = "\n".join(re.findall(r"^ *(?:>>>|\.\.\.) (.*)", text, re.MULTILINE))
+            label, text = ("code", code) if code else ("prose", text)
+            if 20 <= len(text) <= 300 and (code or re.fullmatch(r"(?s)[A-Z].*\.", text)):
+                found[label].setdefault(text, group)
+    for label, texts in found.items():
+        for text in sorted(texts, key=hash_fraction)[:600]:
+            yield texts[text], {"text": text, "label": label, "group": texts[text]}
 
 
 def manual_answers():
@@ -765,10 +825,15 @@ def read_examples(task):
     held_out = set()  # the groups and texts of the splits before
     for split, path in {"test": config.test, "val": config.val, "train": ""}.items():
         new = [e for e in splits[split] if held_out.isdisjoint((e["group"], e["text"]))]
-        splits[split] = list(encoded(task, path)) if path and not config.eval_only else new
+        splits[split] = encoded(task, path) if path and not config.eval_only else new
         held_out |= {e[key] for e in splits[split] for key in ("group", "text")}
     counts = {split: len(examples) for split, examples in splits.items()}
-    print(f"examples: {counts}; {task.too_long} rows were truncated to fit the context")
+    hint = (
+        f" (try --block_size={4 * task.block_size})"
+        if 2 * task.too_long > sum(counts.values())
+        else ""
+    )
+    print(f"examples: {counts}; {task.too_long} rows were truncated to fit the context{hint}")
     needed = ("test",) if config.eval_only else ("train", "val")
     if not all(counts[split] for split in needed):
         raise ValueError(f"{config.data or 'the manual'}: too few examples {counts}")
@@ -776,15 +841,22 @@ def read_examples(task):
 
 
 def encoded(task, path):
-    """Yields the examples of a file, each with its group."""
-    for where, row in task.read(path):
+    """The examples of a file. Rows that cannot be used are skipped and counted."""
+    examples, skipped = [], []
+    for where, row in task.read(path, skipped.append):
         try:
-            if type(row) is not dict:
-                raise ValueError(f"a {type(row).__name__}, not an object with columns")
-            example, group = task.encode(row), row.get("group")
+            example = task.encode(row)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        yield {**example, "group": str(example["text"] if group in (None, "") else group)}
+            skipped.append(f"{where}: {error}")
+        else:
+            examples.append(
+                {**example, "group": prepare_data.group_of(row, example["text"]), "row": row}
+            )
+    if skipped and not examples:
+        raise ValueError(skipped[0])
+    if skipped:
+        print(f"skipped {len(skipped):,} rows of {path}, the first: {skipped[0]}")
+    return examples
 
 
 def split_of(group, config):
@@ -798,90 +870,77 @@ def split_of(group, config):
     return "test" if HELD_OUT <= place < 2 * HELD_OUT and not config.test else "train"
 
 
-def read_rows(path, columns=()):
-    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}. A .tsv
-    file has no header if its first line has as many columns as these but none of their names."""
-    path = pathlib.Path(path)
-    kind = path.suffix.lower()
-    if kind in (".jsonl", ".json"):
-        yield from prepare_data.read_json(path)
-        return
-    if kind not in (".csv", ".tsv"):
-        raise ValueError(f"{path}: give a .jsonl, .json, .csv or .tsv file")
-    with damaged(path):
-        text = path.read_bytes().decode("utf-8-sig")
-        delimiter = "\t" if kind == ".tsv" else "," if "," in text.partition("\n")[0] else ";"
-        quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
-        lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
-        rows = [(f"{path}, line {lines.line_num}", values) for values in lines if values]
-    names = [name.strip().lower() for name in rows[0][1]] if rows else []
-    is_headerless = kind == ".tsv" and len(names) == len(columns)
-    if is_headerless and {column.lower() for column in columns}.isdisjoint(names):
-        names = columns
-    else:
-        rows = rows[1:]
-    for where, values in rows:
-        if len(values) != len(names):
-            raise ValueError(f"{where}: {len(values)} values, but {len(names)} columns")
-        yield where, dict(zip(names, values))
-
-
-def text_of(row, *names):
-    """The text in the first of these columns that the row has, cleaned."""
-    for name in names:
-        value = row.get(name, row.get(name.lower()))
-        if value is not None:
-            if not isinstance(value, (str, int, float)) or not (text := clean(str(value))):
-                raise ValueError(f"{name} must be text and not empty")
-            return text
-    found = ", ".join(str(name)[:40] for name in row)
-    raise ValueError(f"no text in column {' or '.join(names)} (columns: {found})")
+# other names of the columns instruction, input, output and messages
+PROMPT = ("instruction", "prompt", "question")
+INPUT = ("input", "context")
+OUTPUT = ("output", "response", "completion", "answer")
+MESSAGES = ("messages", "conversations")
 
 
 def conversation_of(row, *answers):
     """A row -> {"messages": the prompt, [{"role", "content"}, ...]; "text": the same as one string;
     and each of these answers}. These rows are equivalent:
 
-    {"instruction": "add", "input": "1 2", "output": "3"}     or "prompt" for "instruction"
+    {"instruction": "add", "input": "1 2", "output": "3"}
     {"messages": [a user's message, the assistant's answer]}
     {"prompt": [a user's message], "output": "3"}             or "chosen" and "rejected"
     {"chosen": [a user's message, the assistant's answer], "rejected": ...}
     """
-    lists = {name: value for name, value in row.items() if isinstance(value, list)}
-    said = lists.get("messages") or lists.get("chosen")
-    if "prompt" in lists:
-        messages = lists["prompt"]
-    elif said:
+
+    def find(*names):
+        """What the first of these columns holds; a list is one of messages."""
+        value = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+        return list(map(message_of, value)) if isinstance(value, list) else value
+
+    said, prompt = find(*MESSAGES), find(*PROMPT)
+    found = {name: find(*(OUTPUT if name == "output" else (name,))) for name in answers}
+    if said is None and prompt is None:
+        said = find("chosen")
+        if isinstance(said, str):
+            raise ValueError("no prompt beside chosen: put both into columns, or lists of messages")
+    if isinstance(said, list):
         # a list that ends with a question is all prompt, if the answers have their own columns
-        is_prompt = role_of(said[-1]) != "assistant" and row.keys() >= {*answers}
+        is_prompt = said[-1]["role"] != "assistant" and None not in found.values()
         messages = said if is_prompt else said[: last_answer(said)]
+    elif isinstance(prompt, list):
+        messages = prompt
     else:
-        text = text_of(row, "instruction", "prompt")
-        text += f"\n\n### Input:\n{text_of(row, 'input')}" if row.get("input") else ""
+        text = text_of(row, *PROMPT)
+        text += f"\n\n### Input:\n{text_of(row, *INPUT)}" if find(*INPUT) else ""
         messages = [{"role": "user", "content": text}]
-    text = "\n".join(clean(m["content"]) for m in messages if role_of(m))
+    text = "\n".join(clean(message["content"]) for message in messages)
     if not text.strip():
         raise ValueError("there is no prompt")
     example = {"messages": messages, "text": text}
-    for name in answers:
-        value = row.get(name, row.get("messages"))
+    for name, value in found.items():
+        value = said if name == "output" and value is None else value
         if isinstance(value, list):
             value = next((m["content"] for m in value[last_answer(value) :]), None)
-        example[name] = text_of({name: value} if value else row, name)
+        example[name] = text_of(row if value is None else {name: value}, name)
     return example
 
 
-def role_of(message):
-    """The role of a message. Raises ValueError if it is not a message with a role and text."""
-    is_message = isinstance(message, dict) and isinstance(message.get("content"), str)
-    if not is_message or message.get("role") not in ALPACA:
-        raise ValueError(f"a message needs a role ({', '.join(ALPACA)}) and text in content")
-    return message["role"]
+def message_of(message):
+    """A message as {"role", "content"}, from these keys or ShareGPT's "from" and "value"; content
+    may be a list of parts. Raises ValueError if it has another role, or is not text."""
+    message = message if type(message) is dict else {}
+    role = str(message.get("role", message.get("from")))
+    role = {"human": "user", "gpt": "assistant"}.get(role, role)
+    if role not in prepare_data.ALPACA:
+        raise ValueError(f"a message has the role {role}; drop it, or use system, user, assistant")
+    content = message.get("content", message.get("value"))
+    if type(content) is list:
+        texts = [part.get("text") for part in content if type(part) is dict]
+        is_text = len(texts) == len(content) and all(type(text) is str for text in texts)
+        content = "".join(texts) if is_text else None
+    if type(content) is not str:
+        raise ValueError("a message must be text, or a list of parts of type text")
+    return {"role": role, "content": content}
 
 
 def last_answer(messages):
     """The index of the assistant's last message, or past the end if there is none."""
-    said = (i for i, message in enumerate(messages) if role_of(message) == "assistant")
+    said = (i for i, message in enumerate(messages) if message["role"] == "assistant")
     return max(said, default=len(messages))
 
 
@@ -895,6 +954,11 @@ def to_row(parts, block_size):
     start = max(0, min(len(tokens) - block_size, len(tokens) - len(parts[-1][0]) - 1))
     end = start + block_size
     return tokens[start:end], [*learned[1:], -100][start:end]
+
+
+def evenly_spaced(examples, count):
+    """At most count examples."""
+    return examples[:: math.ceil(len(examples) / count)]
 
 
 def batch_at(n, lengths, batch_size, seed):
@@ -939,7 +1003,8 @@ def check(config):
     train.check_counts(config, "max_new_tokens", "group_size", "lora_rank")
     task = TASKS[config.task]
     weights = ["all", "last_block", "lora"] + ([] if task.writes_text else ["head"])
-    for flag, choices in {"train": weights, "template": ["", "roles", "alpaca"]}.items():
+    allowed = {"train": weights, "template": ["", "roles", "alpaca"], "pooling": ["mean", "last"]}
+    for flag, choices in allowed.items():
         if (value := getattr(config, flag)) not in choices:
             raise ValueError(f"--{flag}={value}: choose from {', '.join(choices)}")
     if config.predict and task.writes_text:
@@ -951,7 +1016,7 @@ def check(config):
     if config.predict or config.eval_only:  # writes nothing
         return
     out_dir = pathlib.Path(config.out_dir).resolve()
-    models = [config.init_from] + ([config.reward_model] if issubclass(task, Policy) else [])
+    models = [config.init_from] + ([config.reward] if issubclass(task, Policy) else [])
     for model in models:
         path = pathlib.Path(model).resolve()
         if out_dir in (path, path.parent):
@@ -991,30 +1056,41 @@ def choose_settings(task):
     return config
 
 
-def up_to_100(examples):
-    """At most 100 examples, evenly spaced."""
-    return examples[:: math.ceil(len(examples) / 100)]
-
-
 def answer_held_out(task):
-    """The model's likeliest answers to up to 100 held-out prompts: (examples, texts)."""
+    """The model's likeliest answers to held-out prompts: (examples, texts). At most
+    100, or as many as are sure to have 12,800 tokens together."""
     if not task.writes_text:
         return [], []
-    examples = up_to_100(task.splits["test"] or task.splits["val"])
-    answers = sample_answers(task, [task.prompt(e["messages"]) for e in examples], temperature=0)
+    held_out = task.splits["test"] or task.splits["val"]
+    examples = evenly_spaced(held_out, max(100, 12800 // task.max_new_tokens))
+    answers, size = [], 100  # prompts that go through the model at once
+    for i in range(0, len(examples), size):
+        prompts = [task.prompt(e["messages"]) for e in examples[i : i + size]]
+        answers += sample_answers(task, prompts, temperature=0)
     return examples, [text_of_answer(task, answer) for answer in answers]
 
 
 def write_answers(folder, examples, before, after):
-    """Prints a few answers from before and after training and writes all to responses.jsonl."""
-    lines, hidden = [], ("rows", "group", "text", "prompt")
+    """Prints a few answers from before and after training and how many equal those of the data, and
+    writes all to responses.jsonl."""
+    lines, hidden = [], ("rows", "row", "group", "text", "prompt")
     for example, old, new in zip(examples, before, after):
-        if len(lines) < 5:
-            print(f"\n{example['messages'][-1]['content']}\n- {old}\n+ {new}")
         said = {key: example[key] for key in example if key not in hidden}
         lines.append(json.dumps({**said, "before": old, "after": new}, ensure_ascii=False) + "\n")
-    if lines:
-        prepare_data.write_file(folder / "responses.jsonl", "".join(lines).encode())
+    if not lines:
+        return
+    prepare_data.write_file(folder / "responses.jsonl", "".join(lines).encode())
+    print(
+        f"\nanswers to held-out prompts, before (-) and after (+); more in {folder}/responses.jsonl"
+    )
+    for example, old, new in list(zip(examples, before, after))[:5]:
+        print(f"\n{example['messages'][-1]['content']}\n- {old}\n+ {new}")
+    right = [example["row"].get("output") for example in examples]
+    same = [sum(map(operator.eq, answers, right)) for answers in (before, after)]
+    if any(same):
+        print(
+            f"\nequal to the output in the data: {same[0]} before, {same[1]} after, of {len(right)}"
+        )
 
 
 def main(argv=None):
@@ -1038,6 +1114,7 @@ def main(argv=None):
         return task.report()
     folder = pathlib.Path(config.out_dir)
     with prepare_data.lock(folder):
+        print(task.legend, end="\n" if task.legend else "")
         choose_weights(task)
         config = choose_settings(task)
         examples, before = answer_held_out(task)
@@ -1050,7 +1127,9 @@ def main(argv=None):
         else:
             print("before:", train.format_metrics(task.evaluate()), sep="  ")
         train.train(config, machine, task, saved)
-        task.load_best(load_checkpoint(folder / "best.pt"))
+        best = load_checkpoint(folder / "best.pt")
+        task.load_best(best)
+        print(f"\n{folder}/best.pt, from step {best['step']}:")
         task.report(folder)
         write_answers(folder, examples, before, answer_held_out(task)[1])
 

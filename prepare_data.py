@@ -5,6 +5,7 @@
     python prepare_data.py notes/ more.jsonl page.html https://example.org/book.txt --out=data/mine
     python prepare_data.py stories.txt --separator='\\n\\n\\n' --vocab_size=4096
     python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, from tiktoken
+    python prepare_data.py spam.tsv --out=data/spam --held_out=0.2   # examples for finetune.py
 
 The text is read a document at a time: once to train the BPE, once to encode. train.py reads the
 result, which is described by meta.json.
@@ -15,11 +16,13 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import functools
 import hashlib
 import heapq
 import html
 import inspect
+import io
 import itertools
 import json
 import math
@@ -41,6 +44,8 @@ import tiktoken
 END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat; unused before fine-tuning
 SHARD_TOKENS = 50_000_000  # per shard, approximately
+TABLES = (".jsonl", ".json", ".csv", ".tsv")
+NOT_UTF8 = "if it is text but not UTF-8: iconv -f OLD_ENCODING -t utf-8"
 SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 HELD_OUT = 0.1  # the share of the text that goes to val; in finetune.py as much again goes to test
 
@@ -51,9 +56,10 @@ class PrepareConfig:
     tokenizer: str = "bpe"  # bpe (train one), a folder that holds one, or a tiktoken name like gpt2
     vocab_size: int = 1024  # size of the trained vocabulary; 4 special tokens come on top
     bpe_sample_mb: int = 10  # train the vocabulary on about this many MB of the text
-    text_field: str = "text"  # JSON field that holds the text
+    text_field: str = "text"  # column, or JSON field, with the text
     separator: str = END_OF_TEXT  # what separates documents in a text file
     min_chars: int = 1  # drop documents shorter than this
+    held_out: float = 0.0  # share held out for validation (default: 0.1; of the manual, 0.2)
 
 
 # --- documents ------------------------------------------------------------------------------------
@@ -64,35 +70,39 @@ def refuse(reason):
 
 
 def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse):
-    """Yields (source, text) for every document in files, folders and URLs, or in Python's manual.
+    """Yields (group, text) for every document in files, folders and URLs, or in Python's manual.
 
-    A text file is one document, or several with separator between them; .json and .jsonl have one
-    per object, in text_field; HTML is stripped of markup. Raises ValueError if an input does not
-    exist; calls skip(reason) for each document that cannot be read.
+    A text file is one document, or several with separator between them; HTML is stripped of markup.
+    Each row of a table or of a JSON file is one, with its text in text_field. Documents of a group
+    are held out together: the manual's modules, and rows with the same text or, if they have that
+    column, the same group. Other documents have the group "". Raises ValueError if an input does
+    not exist; calls skip(reason) for each document that cannot be read.
     """
     if not inputs:
         yield from python_manual()
     for path in find_files(inputs, skip):
         kind = path.suffix.lower()
         try:
-            if kind in (".json", ".jsonl"):
-                for where, item in read_json(path, skip):
-                    if isinstance(item, dict) and isinstance(item.get(text_field), str):
-                        yield where, item[text_field]
-                    else:
-                        skip(f"{where}: no text in field {text_field!r} of {item!r:.80}")
+            if kind in TABLES:
+                for where, row in read_rows(path, ("label", text_field), skip):
+                    try:
+                        text = text_of(row, text_field)
+                        yield group_of(row, text), text
+                    except ValueError as error:
+                        skip(f"{where}: {error}")
                 continue
             for offset, data in split_file(path, separator.encode()):
                 try:
                     text = data.decode()
                     if kind in (".html", ".htm") or PAGE.match(text):
                         text = html_to_text(text)
-                    yield str(path), text
+                    yield "", text
                 except ValueError as error:  # html.unescape raises it, too
-                    hint = "if it is text but not UTF-8: iconv -f latin1 -t utf-8"
-                    skip(f"{path}, document at byte {offset}: {error}; {hint}")
+                    skip(f"{path}, document at byte {offset}: {error}; {NOT_UTF8}")
         except OSError as error:
             skip(f"{path}: {error.strerror}")
+        except ValueError as error:  # of a table that cannot be read
+            skip(str(error))
 
 
 def find_files(inputs, skip=refuse):
@@ -104,7 +114,11 @@ def find_files(inputs, skip=refuse):
             for folder, inside, names in os.walk(path, onerror=lambda error: skip(str(error))):
                 inside[:] = sorted(name for name in inside if name[0] != ".")
                 visible = (pathlib.Path(folder, name) for name in sorted(names) if name[0] != ".")
-                files += filter(pathlib.Path.is_file, visible)  # no pipe, no broken link
+                for file in filter(pathlib.Path.is_file, visible):  # no pipe, no broken link
+                    if file.suffix.lower() in (".css", ".js", ".svg"):
+                        skip(f"{file}: part of a web page; to read it, pass the file itself")
+                    else:
+                        files.append(file)
         elif os.path.isfile(path):
             files.append(pathlib.Path(path))
         else:
@@ -147,6 +161,60 @@ def read_json(path, skip=refuse):
                     yield from ((f"{where}, item {n}", row) for n, row in enumerate(item, 1))
                 else:
                     yield where, item
+
+
+def read_rows(path, columns=(), skip=refuse):
+    """Yields (where, row) of a .jsonl, .json, .csv or .tsv file; a row is {column: value}. A .tsv
+    file has no header if its first line has as many columns as these but none of their names.
+    Calls skip(reason) for each row that cannot be read."""
+    path = pathlib.Path(path)
+    kind = path.suffix.lower()
+    if kind not in TABLES:
+        raise ValueError(f"{path}: give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file")
+    if kind in (".jsonl", ".json"):
+        for where, row in read_json(path, skip):
+            if isinstance(row, dict):
+                yield where, row
+            else:
+                skip(f"{where}: a {type(row).__name__}, not an object with columns")
+        return
+    with damaged(f"{path} ({NOT_UTF8})"):
+        text = path.read_bytes().decode("utf-8-sig")
+    with damaged(path):
+        delimiter = "\t" if kind == ".tsv" else "," if "," in text.partition("\n")[0] else ";"
+        quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
+        lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
+        rows = [(f"{path}, line {lines.line_num}", values) for values in lines if values]
+    names = [name.strip().lower() for name in rows[0][1]] if rows else []
+    if {column.lower() for column in columns}.isdisjoint(names):
+        if kind == ".tsv" and len(names) == len(columns):
+            names, rows = columns, [("", []), *rows]
+        elif columns and names:
+            found = ", ".join(name[:40] for name in names)
+            raise ValueError(f"{path}: no column {' or '.join(columns)} in {found}; no header?")
+    for where, values in rows[1:]:
+        if len(values) == len(names):
+            yield where, dict(zip(names, values))
+        else:
+            skip(f"{where}: {len(values)} values, but {len(names)} columns")
+
+
+def text_of(row, *names):
+    """The text in the first of these columns that the row has, cleaned."""
+    for name in names:
+        value = row.get(name, row.get(name.lower()))
+        if value is not None:
+            if not isinstance(value, (str, int, float)) or not (text := clean(str(value))):
+                raise ValueError(f"{name} must be text and not empty")
+            return text
+    found = ", ".join(str(name)[:40] for name in row)
+    raise ValueError(f"no text in column {' or '.join(names)} (columns: {found})")
+
+
+def group_of(row, text):
+    """What decides the split of a row with this text."""
+    group = row.get("group")
+    return text if group in (None, "") else str(group)
 
 
 def split_file(path, separator, block_size=1 << 20):
@@ -217,7 +285,7 @@ def clean(text):
 
 
 def python_manual():
-    """Yields (source, text): pydoc's topics, and a page for each module of the standard library."""
+    """Yields (group, text): pydoc's topics, and a page for each module of the standard library."""
     for name, text in sorted(pydoc_data.topics.topics.items()):
         yield f"topic {name}", text
     for module, entries in itertools.groupby(library_docstrings(), key=lambda entry: entry[0]):
@@ -256,27 +324,29 @@ def hash_fraction(key):
 
 def split_documents(files, config, skip, dropped):
     """Yields (split, text) of each distinct document, cleaned; dropped counts the others. A hash of
-    the text decides the split, but of a document longer than 1/200 of the input, the last tenth is
-    val. The manual is split by module, as in finetune.py, whose test split is in val here."""
+    its group or text decides the split, as in finetune.py: with held_out = 0.2, val is what that
+    validates and tests on. Of a large document without a group, longer than 1/200 of the input, the
+    last tenth is val."""
+    held_out = config.held_out or (HELD_OUT if files else 2 * HELD_OUT)
     large = max(4, sum(path.stat().st_size for path in files) / 200)  # of 4, a tenth is nothing
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # the hashes of all documents so far, 83 bytes each
-    for source, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
+    for group, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
         text = clean(text)
         key = hash_fraction(text)
         if key in seen or len(text) < config.min_chars:
             dropped["duplicate" if key in seen else "short"] += 1
             continue
         seen.add(key)
-        if files and len(text) > large:
-            end = round(len(text) * (1 - HELD_OUT))
+        if not group and len(text) > large:
+            end = round(len(text) * (1 - held_out))
             # after a space or newline nearby, so that no word is cut; Chinese, for one, has none
             near = max(0, end - 100)
             end = max(text.rfind(" ", near, end), text.rfind("\n", near, end)) + 1 or end
             yield "train", text[:end]
             yield "val", text[end:]
         else:
-            is_val = key < HELD_OUT if files else hash_fraction(source) < 2 * HELD_OUT
+            is_val = (hash_fraction(group) if group else key) < held_out
             yield "val" if is_val else "train", text
 
 
@@ -673,7 +743,7 @@ def prepare(inputs, config):
     try:
         meta = write_shards(documents, tokenizer, new)
         if not all(split["bytes"] for split in meta["splits"].values()):
-            raise ValueError(skipped[0] if skipped else "not enough text to hold out a tenth of it")
+            raise ValueError(skipped[0] if skipped else "not enough text to hold out some of it")
         install({**meta, "tokenizer": spec}, new, folder)
     except OSError as error:  # NumPy says only how many items it wrote
         raise OSError(f"{folder} could not be written; is the disk full? ({error})") from error

@@ -343,7 +343,8 @@ def train(config, machine, task, saved=None):
     """
     hyperparameters = (config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     optimizer = configure_optimizer(task.model, *hyperparameters, task.lr_scales)
-    state, clock = restore(saved, config, optimizer, machine.scaler), time.perf_counter()
+    state = restore(saved, config, optimizer, machine.scaler)
+    clock, logged = time.perf_counter(), state["step"]
     with stop_signals(machine) as signals:
         while state["step"] < config.max_iters:
             if 0 < config.patience <= state["evaluations_since"]:
@@ -375,11 +376,11 @@ def train(config, machine, task, saved=None):
             interrupted = machine.sum(len(signals)) > 0  # in any process
             is_last = state["step"] == config.max_iters
             evaluates = is_last or state["step"] % config.eval_interval == 0
-            if evaluates or interrupted or state["step"] % config.log_interval == 0:
+            if evaluates or interrupted or state["step"] - logged >= config.log_interval:
                 report(config, machine, task, state, norm, clock, evaluates)
                 if evaluates or interrupted:
                     save(config, machine, task, optimizer, state)
-                clock = time.perf_counter()  # evaluation is not timed
+                clock, logged = time.perf_counter(), state["step"]  # evaluation is not timed
             if interrupted:
                 print(f"\nsaved step {state['step']}; --init_from=resume continues from there")
                 number = signals[0] if signals else signal.SIGTERM  # if another process caught it
