@@ -873,7 +873,7 @@ def test_every_step_is_counted_and_the_last_one_evaluated():
     last = run_training("out", "--max_iters=13 --eval_interval=5 --log_interval=2")
     assert last["state"]["step"] == 13
     assert all(state["step"] == 13 for state in last["optimizer"]["state"].values())
-    assert column("out", "step") == [2, 4, 5, 6, 8, 10, 12, 13]
+    assert column("out", "step") == [2, 4, 5, 7, 9, 10, 12, 13]  # anew after each evaluation
     assert column("out", "tokens") == [64 * step for step in column("out", "step")]
     losses, val = column("out", "val_loss"), prepare_data.open_data("prepared")["splits"]["val"]
     assert len(losses) == 3 and last["state"]["best_val_loss"] == min(losses)
@@ -1395,7 +1395,7 @@ def toy_reward(monkeypatch):
     head = {"task": "reward", "head": torch.nn.Linear(16, 1).state_dict()}
     gpt.save_checkpoint("out/reward/best.pt", {**load_checkpoint("base"), **head})
     share = lambda text: text.count("e") / max(1, len(text))
-    score = lambda task, conversations: torch.tensor([share(text) for _, text in conversations])
+    score = lambda task, prompts, answers: torch.tensor([*map(share, answers)])
     monkeypatch.setattr(finetune.Reward, "score", score)
 
 
@@ -1480,6 +1480,9 @@ def test_padding_is_to_few_lengths_and_changes_neither_loss_nor_score_nor_precis
         x = task.gpt.hidden(torch.tensor([row]))[0]
         by_hand = task.gpt.lm_head(x).log_softmax(-1)[range(len(row) - 1), row[1:]]
         assert_close(log_probs[i], F.pad(by_hand, (0, 16 - len(by_hand))))
+        task.pooling = "mean"
+        assert_close(task.scores_of(examples)[i], task.apply_head(x.mean(0)))
+        task.pooling = "last"
         assert_close(task.scores_of(examples)[i], task.apply_head(x[-1]))
     with task.machine.autocast():
         scores = task.scores_of(examples)
@@ -1536,7 +1539,7 @@ def test_a_run_is_not_resumed_on_other_models_than_it_began_with(name, folder, t
     model = load_checkpoint(folder)
     model["model"]["transformer.ln_f.bias"][0] += 1
     gpt.save_checkpoint(f"{folder}/best.pt", model)
-    changed = {"start": "init_from", "out/reward": "reward_model"}[folder]
+    changed = {"start": "init_from", "out/reward": "reward"}[folder]
     with pytest.raises(ValueError, match=f"{changed} differs"):
         finetune.main(f"--task={name} --init_from=resume --out_dir={name} --max_iters=12".split())
 
@@ -1645,7 +1648,7 @@ def test_instruction_tuning_is_measured_and_answers_before_and_after(capsys):
     test = {instruction for instruction, place in places.items() if 0.1 <= place < 0.2}
     assert {line["messages"][0]["content"] for line in answers} == test
     assert re.search(r"\ntest +loss", capsys.readouterr().out)
-    assert finetune.up_to_100(range(250)) == range(0, 250, 3)  # of more, a hundred over all
+    assert finetune.evenly_spaced(range(250), 100) == range(0, 250, 3)  # over all
 
 
 def test_multiple_choice_picks_the_likelier_ending(capsys):
@@ -1674,14 +1677,41 @@ def test_every_kind_of_table_gives_the_same_examples():
         "i.tsv": plain,
     }
     write_files({**files, "other.tsv": f"label\tsentence\n{plain}"})
-    read = lambda name: [row for _, row in finetune.read_rows(name, ("label", "text"))]
+    read = lambda name: [row for _, row in prepare_data.read_rows(name, ("label", "text"))]
     for name in files:
         assert read(name) == rows, name
     assert len(read("other.tsv")) == 2  # the first line is a header
 
 
+def test_rows_that_cannot_be_used_are_skipped_counted_and_named(capsys):
+    plain = "".join(f"{'ab'[i % 2]}\t{story(5, i)}\n" for i in range(60))
+    write_files({"e.tsv": f"a\tfine\nb\t \na\tb\tc\n{plain}"})
+    examples = make_task("classify", "--data=e.tsv").splits
+    assert sum(map(len, examples.values())) == 61
+    says = r"skipped 2 rows of e.tsv, the first: e.tsv, line 2: text must be text and not empty"
+    assert re.search(says, capsys.readouterr().out)
+    make_task(
+        "classify", rows=[{"text": f"{i} {story(99)}", "label": "ab"[i % 2]} for i in range(60)]
+    )
+    assert "truncated to fit the context (try --block_size=" in capsys.readouterr().out
+
+
 def test_conversations_come_as_texts_or_as_lists_of_messages():
     user, said = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yes"}]
+    shared = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": t} for t in "hi"]}]
+    for row in (
+        {"instruction": "hi", "response": "yes"},
+        {"question": "hi", "answer": "yes"},
+        {"prompt": "hi", "completion": "yes"},
+        {"prompt": parts, "completion": said},
+        {"messages": user + said},
+        {"conversations": shared},
+    ):
+        found = finetune.conversation_of({**row, "id": ["another", "list"]}, "output")
+        assert found == {"messages": user, "text": "hi", "output": "yes"}
+    dolly = {"instruction": "hi", "context": "1 2", "response": "yes"}
+    assert "1 2" in finetune.conversation_of(dolly, "output")["text"]
     for row in (
         {"prompt": "hi", "chosen": "yes", "rejected": "no"},
         {"prompt": user, "chosen": said, "rejected": "no"},
@@ -1710,8 +1740,15 @@ BAD_EXAMPLES = {  # what the error must say: task, row
     "no text in column output": ("instruct", {"messages": [USER]}),
     "output must be text": ("instruct", {"instruction": "a", "output": ""}),
     "no text in column instruction or prompt": ("instruct", {"output": "a"}),
-    "a message needs a role .system": ("instruct", {"messages": [{**USER, "role": "robot"}]}),
+    "line 1: a message has the role robot; ": (
+        "instruct",
+        {"messages": [{**USER, "role": "robot"}]},
+    ),
     "no text in column rejected": ("reward", {"prompt": "a", "chosen": "b"}),
+    "no text in column chosen": ("dpo", {"messages": [USER, {**USER, "role": "assistant"}]}),
+    "no prompt beside chosen": ("dpo", {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}),
+    "has the role tool; drop it": ("instruct", {"messages": [{**USER, "role": "tool"}]}),
+    "a list of parts of type text": ("instruct", {"messages": [{**USER, "content": [{"a": 1}]}]}),
     "line 1: label 0, but 1 endings": ("choice", {"ctx": "a", "endings": ["b"], "label": 0}),
 }
 
@@ -1724,18 +1761,19 @@ def test_a_bad_example_is_refused_with_its_place(complaint):
 
 
 def test_pretraining_and_fine_tuning_hold_out_the_same_modules_of_the_manual(monkeypatch):
-    modules = [(f"{'abcdefghij'[p]}.m{m}", range(1 + p)) for p in range(10) for m in range(12)]
-    entries = [
-        (m, f"{m}.f{i}(x)", f"Return {m} {i}, a thing. More.") for m, ids in modules for i in ids
-    ]
+    modules = [f"{letter}.m{m}" for letter in "abcdefghij" for m in range(12)]
+    text = "Return {}, a thing. More.\n\n>>> print('go to {}')\nsee {}\n\nindented:\n   It.".format
+    entries = [(m, f"{m}.f{i}(x)", text(*3 * [f"{m} {i}"])) for m in modules for i in range(3)]
     for script in (finetune, prepare_data):
         monkeypatch.setattr(script, "library_docstrings", lambda: entries)
     monkeypatch.setattr("pydoc_data.topics.topics", {})
     prepare_data.main(["--out=data"])
     pages = documents_in(prepare_data.open_data("data"))
     texts, answers = list(finetune.manual_texts()), list(finetune.manual_answers())
-    assert {row["label"] for _, row in texts} == set("cdefghij")  # the eight with the most
-    assert len(answers) == len(entries)
+    labels = {row["text"]: row["label"] for _, row in texts}
+    assert labels["print('go to a.m0 0')"] == "code"
+    assert labels["Return a.m0 0, a thing. More."] == "prose"
+    assert len(labels) == len(texts) == 2 * len(entries) and len(answers) == len(entries)
     for module, row in texts + answers:
         assert row["group"] == module
         (split,) = {split for split in pages if f"# {module}.f" in "\n".join(pages[split])}
@@ -1744,6 +1782,24 @@ def test_pretraining_and_fine_tuning_hold_out_the_same_modules_of_the_manual(mon
     for _, row in answers:
         assert row["output"] == row["chosen"] != row["rejected"]
         assert row["output"].startswith("Return ") and row["output"].endswith("thing.")
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl"])
+def test_pretraining_on_examples_holds_out_what_fine_tuning_measures(kind):
+    rows = [
+        {"label": "ab"[i % 2], "text": f"{story(9, i)} ", "group": f"g{i // 4}"} for i in range(400)
+    ]
+    if kind == "tsv":  # no header, and no groups
+        write_files({"e.tsv": "".join(f"{row['label']}\t{row['text']}\n" for row in rows)})
+    else:
+        lines = [",".join(rows[0]), *('"' + '","'.join(row.values()) + '"' for row in rows), ""]
+        write_files({"e.jsonl": rows, "e.csv": "\n".join(lines)})
+    prepare_data.main([f"e.{kind}", "--out=data", "--held_out=0.2", "--vocab_size=270"])
+    pages = documents_in(prepare_data.open_data("data"))
+    splits = make_task("classify", f"--data=e.{kind}").splits
+    texts = {split: {e["text"] for e in examples} for split, examples in splits.items()}
+    assert set(pages["val"]) == texts["val"] | texts["test"]
+    assert set(pages["train"]) == texts["train"] and all(map(len, texts.values()))
 
 
 def test_objectives_copied_alone_are_their_equations():
@@ -1784,10 +1840,10 @@ def test_a_reward_model_prefers_and_its_scores_are_standardized_and_what_ppo_rea
     task = make_task("reward", "--init_from=reward", preferred(120))
     scores = torch.cat(task.in_batches(task.splits["train"], task.scores_of))
     assert (scores.mean().item(), scores.std().item()) == pytest.approx((0, 1), abs=1e-4)
-    conversations = [([], "a"), ([], "the red dog")]
-    together = task.score(conversations)  # padding changes nothing
-    assert_close(make_task("ppo", "--reward_model=reward").reward.score(conversations), together)
-    for (_, text), score in zip(conversations, together.tolist()):
+    answers, examples = ["a", "the red dog"], 2 * [{"messages": []}]
+    together = task.score(2 * [[]], answers)  # padding changes nothing
+    assert_close(make_task("ppo", "--reward=reward").reward(examples, answers), together)
+    for text, score in zip(answers, together.tolist()):
         capsys.readouterr()
         use = finetune_flags("reward", "--init_from=reward", None)
         finetune.main([*use, f"--predict={text}"])
@@ -1812,7 +1868,7 @@ def test_advantages_are_their_definition():
 
 def test_a_model_that_was_not_taught_to_score_scores_no_answers():
     with pytest.raises(ValueError, match="base has no head for --task=reward"):
-        make_task("ppo", "--reward_model=base")
+        make_task("ppo", "--reward=base")
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
@@ -1900,6 +1956,28 @@ def test_grpo_compares_the_answers_to_one_prompt(toy_reward):
         assert loss.item() == pytest.approx(2 * 0.1 * expected, abs=1e-5)
 
 
+def test_a_program_scores_answers_and_its_mistakes_are_shown(capsys):
+    write_files({"r.py": "import math\n\ndef reward(example, answer):\n    return WANTED"})
+    program = pathlib.Path("r.py").read_text()
+    rewrite = lambda wanted: pathlib.Path("r.py").write_text(program.replace("WANTED", wanted))
+    rows = [{"prompt": f"say {i}", "best": "e", "id": i} for i in range(80)]
+    flags = "--reward=r.py --beta=0 --max_iters=40 --batch_size=4 --learning_rate=5e-3"
+    rewrite("answer.count(example['best']) / math.hypot(len(answer), 1)")
+    run_finetune("grpo", flags, rows)
+    scores = column("grpo", "score")
+    assert sum(scores[-5:]) > sum(scores[:5]) + 1
+    task = make_task("grpo", "--reward=r.py --beta=0", rows)
+    rollout = task.rollout(task.splits["train"][:3])
+    assert task.reference is None and not rollout["kl"].any()
+    for wanted, says in {"example['none']": "failed", "math.nan": "nan", "None": "failed"}.items():
+        rewrite(wanted)
+        with pytest.raises(ValueError, match=f"r.py: reward.*{says}.*'best': 'e'"):
+            make_task("grpo", "--reward=r.py", rows).measure("val")
+        assert ('r.py", line 4, in reward' in capsys.readouterr().err) == (wanted[0] == "e")
+    with pytest.raises(ValueError, match="reward differs"):
+        finetune.main(["--task=grpo", "--init_from=resume", "--out_dir=grpo", "--max_iters=41"])
+
+
 @pytest.mark.parametrize("name, batch_size", [("ppo", 16), ("grpo", 4)])
 def test_policies_find_the_reward(name, batch_size, toy_reward):
     flags = f"--beta=0.01 --max_iters=40 --batch_size={batch_size} --eval_interval=20"
@@ -1969,8 +2047,8 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (prepare_data, "binary.txt.*utf-8", "binary.txt"),
     (prepare_data, "latin.txt.*position 3.*iconv", "latin.txt"),
     (prepare_data, "broken.json.*line 2", "broken.json"),
-    (prepare_data, "field.jsonl, line 1.*'text'.*body", "field.jsonl"),
-    (prepare_data, "list.json.*of 1", "list.json"),
+    (prepare_data, "field.jsonl, line 1.* column text .*body", "field.jsonl"),
+    (prepare_data, "list.json, item 1: a int", "list.json"),
     (prepare_data, "FLAG: no (such file|files)", "gone.txt", "empty", "pipe"),
     (prepare_data, "gpt9.*gpt2", "other.txt --tokenizer=gpt9"),
     (prepare_data, "TIKTOKEN_CACHE_DIR.*--tokenizer=bpe", "other.txt --tokenizer=r50k_base"),
