@@ -345,6 +345,9 @@ class Task:
     def evaluate(self):
         return {f"val_{name}": mean for name, mean in self.measure("val").items()}
 
+    def rank(self, row):
+        return [row["val_loss"]]
+
     def report(self, folder=None):
         """Prints metrics on held-out examples; with a folder, may also write files there."""
         for split in filter(self.splits.get, ("val", "test")):
@@ -356,6 +359,10 @@ class Task:
     def best_checkpoint(self):
         best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
         best |= {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
+        if self.writes_text:  # for chat: the most questions in one conversation
+            asked = [[m["role"] for m in e.get("messages", [])] for e in self.splits["train"]]
+            turns = max(roles.count("user") for roles in asked)
+            best["turns"] = max(turns, self.base.get("turns", 0))
         if "head" in self.model:
             head = self.model["head"].state_dict()
             best |= {"head": head, "labels": self.labels, "pooling": self.pooling}
@@ -416,7 +423,7 @@ class Classify(Task):
     text, which helps when examples are few (Radford et al. 2018, equation 5)."""
 
     writes_text = False
-    curves = ("label_loss", "val_loss")
+    curves = ("label_loss", "val_label_loss")
 
     def set_up(self):
         examples = self.splits.get("train", [])
@@ -452,13 +459,15 @@ class Classify(Task):
         scores = self.apply_head(self.pool(x, last))
         loss = label_loss = F.cross_entropy(scores, labels, reduction="none")
         accuracy = (scores.argmax(-1) == labels).float()
-        if not self.model.training:
-            return {"loss": loss, "accuracy": accuracy}
         if config.lm_weight and config.train != "head":
             losses = cross_entropy(self.gpt.lm_head(x).flatten(0, 1), targets.flatten())
             counts = (targets != -100).sum(1).clamp(min=1)
             loss = label_loss + config.lm_weight * losses.view(targets.shape).sum(1) / counts
         return {"loss": loss, "label_loss": label_loss, "accuracy": accuracy}
+
+    def rank(self, row):
+        """The best model is the most accurate one; of several, that with the lowest loss."""
+        return [-row["val_accuracy"], row["val_loss"]]
 
     def report(self, folder=None):
         rows = [["split", "text", "label", "predicted", "probability"]]
@@ -474,9 +483,10 @@ class Classify(Task):
             common = confusion.sum(1).max() / len(labels)
             line = f"\n{split:5} accuracy {accuracy:.4f}  macro F1 {f1:.4f}"
             print(f"{line}  (always predicting the most common label: {common:.4f})")
-            if n <= 12:  # rows: labels, columns: predictions
+            if n <= 12:
+                print(f"{'label':12} predicted:", *(f"{label[:8]:>8}" for label in self.labels))
                 for label, counts in zip(self.labels, confusion.tolist()):
-                    print(f"{label[:20]:20}", *(f"{count:5}" for count in counts))
+                    print(f"{label[:23]:23}", *(f"{count:8}" for count in counts))
             for e, i, p in zip(examples, predicted, probability):
                 rows.append([split, e["text"], e["label"], self.labels[i], f"{p:.4f}"])
         if folder:

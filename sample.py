@@ -122,9 +122,11 @@ def write_samples(model, tokenizer, prompt, config, generator):
     print(f"{count} tokens in {seconds:.1f} s: {count / seconds:,.0f} tokens/s", file=sys.stderr)
 
 
-def chat(model, tokenizer, template, config, generator):
+def chat(model, tokenizer, checkpoint, config, generator):
     """Replies to each line typed. When the conversation no longer fits the context, its oldest
-    exchanges are forgotten. Ctrl-C ends a reply, Ctrl-D the conversation."""
+    exchanges are forgotten. A model whose examples had one question each is asked each afresh.
+    Ctrl-C ends a reply, Ctrl-D the conversation."""
+    template = checkpoint.get("template") or prepare_data.default_template(tokenizer)
     block_size = model.config.block_size
     # leaves room for the reply, at most half of the context
     limit = block_size - min(config.max_new_tokens, block_size // 2)
@@ -146,6 +148,8 @@ def chat(model, tokenizer, template, config, generator):
                 continue
             (answer,), _ = write(model, tokenizer, prompt, config, generator)
             messages.append({"role": "assistant", "content": answer})
+            if checkpoint.get("turns") == 1:
+                messages.clear()
 
 
 @torch.no_grad()
@@ -230,8 +234,7 @@ def main(argv=None):
     if config.surprise:
         print_surprise(model, tokenizer, prompt)
     if config.chat:
-        template = checkpoint.get("template") or prepare_data.default_template(tokenizer)
-        chat(model, tokenizer, template, config, generator)
+        chat(model, tokenizer, checkpoint, config, generator)
     elif not (config.attention or config.surprise):
         write_samples(model, tokenizer, prompt, config, generator)
 

@@ -297,6 +297,9 @@ class Pretraining:
         bpb = loss * self.bits_per_nat
         return {"val_loss": loss, "val_perplexity": perplexity(loss), "val_bpb": bpb}
 
+    def rank(self, row):
+        return [row["val_loss"]]
+
     def checkpoint(self):
         tokenizer, digest = self.meta["tokenizer"], self.meta["digest"]
         return {**self.model.checkpoint(), "tokenizer": tokenizer, "data_digest": digest}
@@ -335,6 +338,7 @@ def train(config, machine, task, saved=None):
     count(batch)            the number of these losses
     tokens(batch)           the number of tokens in the batch
     evaluate()              {"val_loss": ..., and other columns of metrics.csv}
+    rank(row)               what is lowest, as a list, in the row of metrics.csv of the best model
     checkpoint()            what last.pt holds besides the state of the run
     best_checkpoint()       what best.pt holds
     model, lr_scales        see configure_optimizer()
@@ -404,7 +408,7 @@ def configure_optimizer(model, learning_rate, weight_decay, betas, scales=None):
 def restore(saved, config, optimizer, scaler):
     """The state of a new run, or the saved run's; also restores the saved run's optimizer."""
     state = {"step": 0, "tokens": 0, "rows": []}
-    state |= {"best_val_loss": math.inf, "evaluations_since": 0, "has_saved": False}
+    state |= {"best": [math.inf], "evaluations_since": 0, "has_saved": False}
     if saved:
         with damaged(f"{config.out_dir}/last.pt"):
             # moments come from the file, hyperparameters from config
@@ -473,20 +477,20 @@ def format_metrics(metrics):
 
 
 def save(config, machine, task, optimizer, state):
-    """Writes best.pt if the validation loss is the lowest so far (or if there is none yet, so that
-    a run that is stopped early leaves a model, too), the metrics, and last.pt with everything
-    needed for the next step."""
+    """Writes best.pt if the model is the best so far (or if there is none yet, so that a run that is
+    stopped early leaves a model, too), the metrics, and last.pt with everything needed for the next
+    step."""
     row, folder = state["rows"][-1], pathlib.Path(config.out_dir)
-    is_best = row.get("val_loss", math.inf) < state["best_val_loss"]
+    is_best = "val_loss" in row and task.rank(row) < state["best"]
     if is_best:
-        state |= {"best_val_loss": row["val_loss"], "evaluations_since": 0}
+        state |= {"best": task.rank(row), "evaluations_since": 0}
     elif "val_loss" in row:  # a save after a signal has none
         state["evaluations_since"] += 1
     if machine.rank == 0:
         if not state["has_saved"]:
             set_aside(folder)
         state["has_saved"] = True
-        if is_best or state["best_val_loss"] == math.inf:
+        if is_best or state["best"] == [math.inf]:
             save_checkpoint(folder / "best.pt", {**task.best_checkpoint(), "step": state["step"]})
         write_metrics(folder, state["rows"], task.curves)
         last = {**task.checkpoint(), "run_config": asdict(config), "state": state}
