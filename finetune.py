@@ -516,10 +516,6 @@ class Instruct(Task):
         log_probs, _ = token_log_probs(self.gpt, idx, targets)
         return {"loss": -log_probs[targets != -100]}
 
-    def evaluate(self):
-        metrics = super().evaluate()
-        return {**metrics, "val_perplexity": train.perplexity(metrics["val_loss"])}
-
 
 class Choice(Task):
     """Which ending of a text is most likely? In the format of HellaSwag (Zellers et al. 2019)."""

@@ -45,7 +45,6 @@ END_OF_TEXT = "<|endoftext|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat; unused before fine-tuning
 SHARD_TOKENS = 50_000_000  # per shard, approximately
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
-NOT_UTF8 = "if it is text but not UTF-8: iconv -f OLD_ENCODING -t utf-8"
 SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
 HELD_OUT = 0.1  # the share of the text that goes to val; in finetune.py as much again goes to test
 
@@ -58,7 +57,6 @@ class PrepareConfig:
     bpe_sample_mb: int = 10  # train the vocabulary on about this many MB of the text
     text_field: str = "text"  # column, or JSON field, with the text
     separator: str = END_OF_TEXT  # what separates documents in a text file
-    min_chars: int = 1  # drop documents shorter than this
     held_out: float = 0.0  # share held out for validation (default: 0.1; of the manual, 0.2)
 
 
@@ -82,27 +80,32 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
         yield from python_manual()
     for path in find_files(inputs, skip):
         kind = path.suffix.lower()
+        is_table = kind in TABLES
         try:
-            if kind in TABLES:
-                for where, row in read_rows(path, ("label", text_field), skip):
-                    try:
-                        text = text_of(row, text_field)
-                        yield group_of(row, text), text
-                    except ValueError as error:
-                        skip(f"{where}: {error}")
-                continue
-            for offset, data in split_file(path, separator.encode()):
+            if is_table:
+                parts = read_rows(path, ("label", text_field), skip)
+            else:
+                parts = split_file(path, separator.encode())
+            for where, part in parts:
                 try:
-                    text = data.decode()
-                    if kind in (".html", ".htm") or PAGE.match(text):
+                    text = text_of(part, text_field) if is_table else decode(part)
+                    if not is_table and (kind in (".html", ".htm") or PAGE.match(text)):
                         text = html_to_text(text)
-                    yield "", text
+                    yield group_of(part, text) if is_table else "", text
                 except ValueError as error:  # html.unescape raises it, too
-                    skip(f"{path}, document at byte {offset}: {error}; {NOT_UTF8}")
+                    skip(f"{where}: {error}")
         except OSError as error:
             skip(f"{path}: {error.strerror}")
-        except ValueError as error:  # of a table that cannot be read
+        except ValueError as error:  # of a table
             skip(str(error))
+
+
+def decode(data):
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        hint = "if it is text in another encoding: iconv -f OLD_ENCODING -t utf-8"
+        raise ValueError(f"{error}; {hint}") from error
 
 
 def find_files(inputs, skip=refuse):
@@ -178,9 +181,8 @@ def read_rows(path, columns=(), skip=refuse):
             else:
                 skip(f"{where}: a {type(row).__name__}, not an object with columns")
         return
-    with damaged(f"{path} ({NOT_UTF8})"):
-        text = path.read_bytes().decode("utf-8-sig")
     with damaged(path):
+        text = decode(path.read_bytes())
         delimiter = "\t" if kind == ".tsv" else "," if "," in text.partition("\n")[0] else ";"
         quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
         lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
@@ -218,16 +220,16 @@ def group_of(row, text):
 
 
 def split_file(path, separator, block_size=1 << 20):
-    """Yields (byte offset, bytes) of each part between separators, reading a block at a time."""
+    """Yields (where, bytes) of each part between separators, reading a block at a time."""
     buffer, offset = b"", 0
     with open(path, "rb") as file:
         # each read is as long as the buffer, so that a huge document takes linear time
         while block := file.read(max(block_size, len(buffer))):
             *parts, buffer = (buffer + block).split(separator)
             for part in parts:
-                yield offset, part
+                yield f"{path}, document at byte {offset}", part
                 offset += len(part) + len(separator)
-    yield offset, buffer
+    yield f"{path}, document at byte {offset}", buffer
 
 
 PAGE = re.compile(r"(?i)[\s\ufeff]*(<!doctype html|<html)")
@@ -334,8 +336,8 @@ def split_documents(files, config, skip, dropped):
     for group, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
         text = clean(text)
         key = hash_fraction(text)
-        if key in seen or len(text) < config.min_chars:
-            dropped["duplicate" if key in seen else "short"] += 1
+        if key in seen or not text:
+            dropped["duplicate" if key in seen else "empty"] += 1
             continue
         seen.add(key)
         if not group and len(text) > large:
@@ -752,7 +754,7 @@ def prepare(inputs, config):
     print("read", f"{len(files):,} files" if inputs else "Python's manual")
     if skipped:
         print(f"skipped {len(skipped):,} files or documents, the first: {skipped[0]}")
-    print(f"dropped {dropped['duplicate']:,} duplicates and {dropped['short']:,} short documents")
+    print(f"dropped {dropped['duplicate']:,} duplicates and {dropped['empty']:,} empty documents")
     print(f"{'':8}{'documents':>12}{'bytes':>15}{'tokens':>15}{'bytes/token':>13}")
     for split, s in meta["splits"].items():
         ratio = s["bytes"] / s["tokens"]
@@ -767,7 +769,7 @@ def main(argv=None):
     flags = vars(parser.parse_intermixed_args(argv))
     inputs, config = flags.pop("inputs"), PrepareConfig(**flags)
     # a vocabulary has a token for each byte
-    for name, least in {"vocab_size": 256, "bpe_sample_mb": 1, "min_chars": 1}.items():
+    for name, least in {"vocab_size": 256, "bpe_sample_mb": 1}.items():
         if getattr(config, name) < least:
             raise ValueError(f"--{name}={getattr(config, name)}: must be {least} or more")
     with lock(config.out):

@@ -1649,8 +1649,6 @@ def test_short_texts_and_few_prompts_train_too(toy_reward):
 def test_instruction_tuning_is_measured_and_answers_before_and_after(capsys):
     rows = [{"instruction": f"say {w} {i}", "output": "red"} for w in WORDS for i in range(8)]
     run_finetune("instruct", "--max_iters=200 --learning_rate=3e-3 --eval_interval=100", rows)
-    perplexities = list(map(math.exp, column("instruct", "val_loss")))
-    assert column("instruct", "val_perplexity") == pytest.approx(perplexities)
     answers = read_rows("instruct/responses.jsonl")
     assert all(line["after"] == line["output"] == "red" != line["before"] for line in answers)
     places = {r["instruction"]: prepare_data.hash_fraction(r["instruction"]) for r in rows}
@@ -2067,7 +2065,7 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (prepare_data, "meta.json", "--out=object", "--out=list", "--out=words"),
     (prepare_data, "another run", "other.txt --out=locked"),
     (prepare_data, "FLAG=100: must be 256 or more", "--vocab_size=100"),
-    (prepare_data, "FLAG=0: must be 1 or more", "--bpe_sample_mb=0", "--min_chars=0"),
+    (prepare_data, "FLAG=0: must be 1 or more", "--bpe_sample_mb=0"),
     (train, "another run", "--out_dir=locked"),
     (train, "", f"--seed={LARGE}", f"--max_iters={LARGE}", "--n_embd=10000000"),
     (train, "argument FLAG: invalid", "--compile=", "--n_layer=two", "--learning_rate=nan"),
