@@ -183,7 +183,7 @@ class FinetuneConfig(train.RunConfig):
 # where a task's defaults differ; --task=TASK --help shows them
 SAMPLING = {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "max_new_tokens": 48}
 TASK_DEFAULTS = {
-    "classify": {"epochs": 5.0},
+    "classify": {"batch_size": 32, "dropout": 0.2},
     "instruct": {"epochs": 2.0},
     "choice": {"eval_only": True},
     "ppo": {**SAMPLING, "batch_size": 32},
@@ -427,6 +427,8 @@ class Classify(Task):
 
     def set_up(self):
         examples = self.splits.get("train", [])
+        if not self.gpt.config.tie_weights:
+            self.lr_scales = {"wte.weight": 20}  # as in pretraining: most words are rare
         labels = collections.Counter(example["label"] for example in examples)
         self.labels = sorted(labels) or self.base.get("labels", [])
         if self.config.balance and examples:
