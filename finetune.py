@@ -64,8 +64,9 @@ def reward_loss(chosen, rejected):
 
 
 def group_advantages(scores, group_size):
-    """GRPO (Shao et al. 2024, section 4.1.2): A_i = (s_i − mean s) / std s, over the group_size
-    answers to each prompt, which are neighbors in scores (N,) -> (N,). Equal scores give 0."""
+    """GRPO (Shao et al. 2024, section 4.1.2): A_i = (s_i − mean s) / std s, with the unbiased std,
+    over the group_size answers to each prompt, neighbors in scores (N,) -> (N,). Equal scores
+    give 0."""
     groups = scores.view(-1, group_size)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     return advantages.flatten()
@@ -183,7 +184,7 @@ class FinetuneConfig(train.RunConfig):
 # where a task's defaults differ; --task=TASK --help shows them
 SAMPLING = {"max_iters": 100, "eval_interval": 10, "log_interval": 1, "max_new_tokens": 48}
 TASK_DEFAULTS = {
-    "classify": {"batch_size": 32, "dropout": 0.2},
+    "classify": {"epochs": 6.0, "batch_size": 32, "dropout": 0.2},
     "instruct": {"epochs": 2.0},
     "choice": {"eval_only": True},
     "ppo": {**SAMPLING, "batch_size": 32},
@@ -422,13 +423,14 @@ class Classify(Task):
     """Texts to labels: cross-entropy of the label, plus lm_weight times the next-token loss on the
     text, which helps when examples are few (Radford et al. 2018, equation 5)."""
 
+    rate = 2e-3
     writes_text = False
     curves = ("label_loss", "val_label_loss")
 
     def set_up(self):
         examples = self.splits.get("train", [])
         if not self.gpt.config.tie_weights:
-            self.lr_scales = {"wte.weight": 20}  # as in pretraining: most words are rare
+            self.lr_scales = {"wte.weight": 10}  # as in pretraining: most tokens are rare
         labels = collections.Counter(example["label"] for example in examples)
         self.labels = sorted(labels) or self.base.get("labels", [])
         if self.config.balance and examples:
@@ -648,14 +650,15 @@ def program_reward(path):
 
 
 class Policy(Task):
-    """Learns to write answers that earn a high reward, but stays close to the reference,
-    the initial model. A step samples answers to some prompts and scores them (rollout), turns the
+    """Learns to write answers that earn a high reward, but stays close to the reference, the
+    initial model. A step samples answers to some prompts and scores them (rollout), turns the
     scores into an advantage for each token (credit), and trains several times on shuffled parts of
     the rollout (updates, loss).
 
     Simpler than InstructGPT (Ouyang et al. 2022): PPO's critic is a head on the policy, which
     starts at zero, since a model of its own would double the cost; there is no pretraining loss
-    (PPO-ptx), since the KL penalty is enough at this size; and prompts come from a file.
+    (PPO-ptx), since the KL penalty is enough at this size; and prompts come from a file. As there,
+    the penalty's weight β is fixed (Ziegler et al. 2019 adapt it).
     """
 
     rate = 1e-4
