@@ -664,9 +664,9 @@ class Policy(Task):
     rate = 1e-4
     curves = ("score", "val_score")
     legend = (
-        "score: the reward of the sampled answers; kl: how far the model has moved, in nats; ended: "
-        "the share of answers that end; clipped: the share of tokens whose probability changed by "
-        "more than a fifth in a step; val_loss: beta * kl - score"
+        "score: the reward of the sampled answers; kl: how far, in nats, the model has moved; "
+        "ended: the share of answers that end; clipped: the share of tokens whose probability "
+        "changed by more than a fifth in a step; val_loss: beta * kl - score"
     )
     epochs, minibatches = 4, 4  # passes over a step's answers; updates in each pass
     unfinished = -1.0  # added to the score of an answer that does not end
@@ -799,8 +799,8 @@ class PPO(Policy):
 
 
 def manual_texts():
-    """Yields (where, row): paragraphs of Python's manual, with the label code or prose. Code is what
-    follows the prompt >>> in an example; prose starts with a capital and ends with a period."""
+    """Yields (where, row): paragraphs of Python's manual, labeled code or prose. Code is what follows
+    the prompt >>> in an example; prose starts with a capital letter and ends with a period."""
     found = {"code": {}, "prose": {}}  # {paragraph: its document}
     for group, document in prepare_data.python_manual():
         for text in clean(document).split("\n\n"):

@@ -479,7 +479,7 @@ def damaged(path):
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path}: damaged, or not one of ours ({reason:.200})") from error
+        raise ValueError(f"{path}: damaged, or of another format ({reason:.200})") from error
 
 
 def save_checkpoint(path, checkpoint):

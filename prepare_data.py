@@ -7,8 +7,8 @@
     python prepare_data.py book.txt --tokenizer=gpt2       # GPT-2's vocabulary, from tiktoken
     python prepare_data.py spam.tsv --out=data/spam --held_out=0.2   # examples for finetune.py
 
-The text is read a document at a time: once to train the BPE, once to encode. train.py reads the
-result, which is described by meta.json.
+Text is read a document at a time (a table, whole): once to train the BPE, once to encode. train.py
+reads the result, which is described by meta.json.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]  # for chat; unused before f
 SHARD_TOKENS = 50_000_000  # per shard, approximately
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 SHARD_NAME = re.compile(r"(train|val)_\d{5}\.npy")
-HELD_OUT = 0.1  # the share of the text that goes to val; in finetune.py as much again goes to test
+HELD_OUT = 0.1  # the share held out for val; finetune.py holds out as much again for the test
 
 
 @dataclass
@@ -57,7 +57,7 @@ class PrepareConfig:
     bpe_sample_mb: int = 10  # train the vocabulary on about this many MB of the text
     text_field: str = "text"  # column, or JSON field, with the text
     separator: str = END_OF_TEXT  # what separates documents in a text file
-    held_out: float = 0.0  # share held out for validation (default: 0.1; of the manual, 0.2)
+    held_out: float = 0.0  # share held out for validation (0: 0.1, or 0.2 of the manual)
 
 
 # --- documents ------------------------------------------------------------------------------------
@@ -68,13 +68,14 @@ def refuse(reason):
 
 
 def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse):
-    """Yields (group, text) for every document in files, folders and URLs, or in Python's manual.
+    """Yields (group, text) for every document in files, folders and URLs or, without inputs, in
+    Python's manual.
 
     A text file is one document, or several with separator between them; HTML is stripped of markup.
-    Each row of a table or of a JSON file is one, with its text in text_field. Documents of a group
-    are held out together: the manual's modules, and rows with the same text or, if they have that
-    column, the same group. Other documents have the group "". Raises ValueError if an input does
-    not exist; calls skip(reason) for each document that cannot be read.
+    Each row of a table, or object of a JSON file, is one, with its text in text_field. Documents of
+    a group are held out together: the manual's by module, rows by the column group or else by their
+    text. Other documents have the group "". Raises ValueError if an input does not exist; calls
+    skip(reason) for each document that cannot be read.
     """
     if not inputs:
         yield from python_manual()
@@ -88,15 +89,16 @@ def read_documents(inputs, text_field="text", separator=END_OF_TEXT, skip=refuse
                 parts = split_file(path, separator.encode())
             for where, part in parts:
                 try:
-                    text = text_of(part, text_field) if is_table else decode(part)
-                    if not is_table and (kind in (".html", ".htm") or PAGE.match(text)):
-                        text = html_to_text(text)
-                    yield group_of(part, text) if is_table else "", text
+                    if is_table:
+                        text = text_of(part, text_field)
+                        yield group_of(part, text), text
+                    else:
+                        text = decode(part)
+                        is_page = kind in (".html", ".htm") or PAGE.match(text)
+                        yield "", html_to_text(text) if is_page else text
                 except ValueError as error:  # html.unescape raises it, too
                     skip(f"{where}: {error}")
-        except OSError as error:
-            skip(f"{path}: {error.strerror}")
-        except ValueError as error:  # of a table
+        except (OSError, ValueError) as error:
             skip(str(error))
 
 
@@ -109,7 +111,8 @@ def decode(data):
 
 
 def find_files(inputs, skip=refuse):
-    """Expands inputs into a list of paths: downloads URLs, skips hidden files in folders."""
+    """Expands inputs into a list of paths: downloads URLs; in folders, skips hidden files and what
+    belongs to web pages."""
     files = []
     for name in map(str, inputs):
         path = download(name) if re.match("https?://", name) else name
@@ -147,23 +150,20 @@ def download(url):
 
 def read_json(path, skip=refuse):
     """Yields (where, item): each line of JSON Lines, or each item of the list in a .json file."""
+    # objects on lines of their own, without commas, are JSON Lines, despite the name .json
+    if path.suffix.lower() == ".json" and not re.search(rb"}[ \t\r]*\n\s*{", path.read_bytes()):
+        with damaged(path):
+            whole = json.loads(path.read_bytes())
+        items = whole if isinstance(whole, list) else [whole]
+        yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
+        return
     with open(path, "rb") as file:
-        parts = ((f"{path}, line {n}", line) for n, line in enumerate(file, 1) if line.strip())
-        if path.suffix.lower() == ".json":
-            whole = path.read_bytes()
-            # objects on lines of their own, without commas: JSON Lines, despite the name
-            if not re.search(rb"}[ \t\r]*\n\s*{", whole):
-                parts = [(str(path), whole)]
-        for where, data in parts:
+        for n, line in enumerate(file, 1):
             try:
-                item = json.loads(data)
+                if line.strip():
+                    yield f"{path}, line {n}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                skip(f"{where}: broken JSON: {error}")
-            else:
-                if isinstance(item, list) and where == str(path):  # not a line
-                    yield from ((f"{where}, item {n}", row) for n, row in enumerate(item, 1))
-                else:
-                    yield where, item
+                skip(f"{path}, line {n}: broken JSON: {error}")
 
 
 def read_rows(path, columns=(), skip=refuse):
@@ -183,9 +183,11 @@ def read_rows(path, columns=(), skip=refuse):
         return
     with damaged(path):
         text = decode(path.read_bytes())
-        delimiter = "\t" if kind == ".tsv" else "," if "," in text.partition("\n")[0] else ";"
+        delimiter = "\t" if kind == ".tsv" else max(",;", key=text.partition("\n")[0].count)
         quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
-        lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
+        csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 131,072
+        file = io.StringIO(text, newline=None)
+        lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         rows = [(f"{path}, line {lines.line_num}", values) for values in lines if values]
     names = [name.strip().lower() for name in rows[0][1]] if rows else []
     if {column.lower() for column in columns}.isdisjoint(names):
@@ -214,9 +216,9 @@ def text_of(row, *names):
 
 
 def group_of(row, text):
-    """What decides the split of a row with this text."""
+    """The key whose hash decides the split of a row with this text."""
     group = row.get("group")
-    return text if group in (None, "") else str(group)
+    return text if group in (None, "") else clean(str(group))
 
 
 def split_file(path, separator, block_size=1 << 20):
@@ -327,22 +329,22 @@ def hash_fraction(key):
 def split_documents(files, config, skip, dropped):
     """Yields (split, text) of each distinct document, cleaned; dropped counts the others. A hash of
     its group or text decides the split, as in finetune.py: with held_out = 0.2, val is what that
-    validates and tests on. Of a large document without a group, longer than 1/200 of the input, the
-    last tenth is val."""
+    validates and tests on. Of a document without a group that is longer than 1/200 of the input,
+    the end is val."""
     held_out = config.held_out or (HELD_OUT if files else 2 * HELD_OUT)
-    large = max(4, sum(path.stat().st_size for path in files) / 200)  # of 4, a tenth is nothing
+    large = max(1 / held_out, sum(path.stat().st_size for path in files) / 200)
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     seen = set()  # the hashes of all documents so far, 83 bytes each
     for group, text in read_documents(files, config.text_field, separator or END_OF_TEXT, skip):
         text = clean(text)
         key = hash_fraction(text)
-        if key in seen or not text:
-            dropped["duplicate" if key in seen else "empty"] += 1
+        if not text or key in seen:
+            dropped["duplicate" if text else "empty"] += 1
             continue
         seen.add(key)
         if not group and len(text) > large:
             end = round(len(text) * (1 - held_out))
-            # after a space or newline nearby, so that no word is cut; Chinese, for one, has none
+            # cut after a space or newline nearby, so that no word is split; Chinese has none
             near = max(0, end - 100)
             end = max(text.rfind(" ", near, end), text.rfind("\n", near, end)) + 1 or end
             yield "train", text[:end]
@@ -745,7 +747,7 @@ def prepare(inputs, config):
     try:
         meta = write_shards(documents, tokenizer, new)
         if not all(split["bytes"] for split in meta["splits"].values()):
-            raise ValueError(skipped[0] if skipped else "not enough text to hold out some of it")
+            raise ValueError(skipped[0] if skipped else "not enough text to train on and hold out")
         install({**meta, "tokenizer": spec}, new, folder)
     except OSError as error:  # NumPy says only how many items it wrote
         raise OSError(f"{folder} could not be written; is the disk full? ({error})") from error
@@ -768,6 +770,8 @@ def main(argv=None):
     parser.add_argument("inputs", nargs="*", help="files, folders, URLs (default: Python's manual)")
     flags = vars(parser.parse_intermixed_args(argv))
     inputs, config = flags.pop("inputs"), PrepareConfig(**flags)
+    if config.held_out >= 1:
+        raise ValueError(f"--held_out={config.held_out}: must be below 1")
     # a vocabulary has a token for each byte
     for name, least in {"vocab_size": 256, "bpe_sample_mb": 1}.items():
         if getattr(config, name) < least:
@@ -883,7 +887,7 @@ def damaged(path):
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path}: damaged, or not one of ours ({reason:.200})") from error
+        raise ValueError(f"{path}: damaged, or of another format ({reason:.200})") from error
 
 
 if __name__ == "__main__":

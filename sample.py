@@ -9,7 +9,7 @@
     python sample.py --start="# os.path." --attention=attention.png
     python sample.py --init_from=out --save_pretrained=mine     # for Hugging Face transformers
 
-Reads checkpoints of train.py and finetune.py, and GPT-2 models in Hugging Face's format.
+Reads checkpoints from train.py and finetune.py, and GPT-2 models in Hugging Face's format.
 """
 
 import codecs
@@ -124,7 +124,7 @@ def write_samples(model, tokenizer, prompt, config, generator):
 
 def chat(model, tokenizer, checkpoint, config, generator):
     """Replies to each line typed. When the conversation no longer fits the context, its oldest
-    exchanges are forgotten. A model whose examples had one question each is asked each afresh.
+    exchanges are forgotten. With a model trained on single questions, each starts a conversation.
     Ctrl-C ends a reply, Ctrl-D the conversation."""
     template = checkpoint.get("template") or prepare_data.default_template(tokenizer)
     block_size = model.config.block_size

@@ -477,9 +477,9 @@ def format_metrics(metrics):
 
 
 def save(config, machine, task, optimizer, state):
-    """Writes best.pt if the model is the best so far (or if there is none yet, so that a run that is
-    stopped early leaves a model, too), the metrics, and last.pt with everything needed for the next
-    step."""
+    """Writes best.pt if the model is the best so far (or if there is none yet, so that a run that
+    is stopped early leaves a model, too), the metrics, and last.pt with everything needed for the
+    next step."""
     row, folder = state["rows"][-1], pathlib.Path(config.out_dir)
     is_best = "val_loss" in row and task.rank(row) < state["best"]
     if is_best:
