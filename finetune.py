@@ -13,7 +13,7 @@
     python finetune.py --task=grpo --init_from=out/sums --data=sums.jsonl --reward=exact.py
     python finetune.py --task=grpo --help                     # the task's settings
 
-In the order of reading: the objectives, as functions that can be copied; LoRA; the settings; the
+Reading order: the objectives, as functions that can be copied; LoRA; the settings; the
 tasks, each with its loss; reinforcement learning; files and examples. The loop is train.train().
 best.pt is a complete model, with LoRA merged in.
 """
@@ -46,7 +46,7 @@ from prepare_data import HELD_OUT, clean, damaged, hash_fraction, library_docstr
 # --- objectives -----------------------------------------------------------------------------------
 
 # What the methods below minimize. π is the policy, the model that is being trained; ρ is the
-# reference, the model as it was before (π_ref in the papers).
+# reference, the model as it was before training (π_ref in the papers).
 
 
 def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1):
@@ -65,8 +65,8 @@ def reward_loss(chosen, rejected):
 
 def group_advantages(scores, group_size):
     """GRPO (Shao et al. 2024, section 4.1.2): A_i = (s_i − mean s) / std s, with the unbiased std,
-    over the group_size answers to each prompt, neighbors in scores (N,) -> (N,). Equal scores
-    give 0."""
+    over the group_size answers to each prompt, adjacent in scores (N,) -> (N,). Equal scores give
+    0."""
     groups = scores.view(-1, group_size)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     return advantages.flatten()
@@ -85,7 +85,7 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def clipped_loss(log_probs, old_log_probs, advantages, clip=0.2):
-    """PPO (Schulman et al. 2017, equation 7), negated, of each token: −min(r A, clip(r, 1 ± ε) A),
+    """PPO (Schulman et al. 2017, equation 7), negated, for each token: −min(r A, clip(r, 1 ± ε) A),
     where r = π/π_old. Also returns which ratios r were outside the bounds."""
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -93,7 +93,7 @@ def clipped_loss(log_probs, old_log_probs, advantages, clip=0.2):
 
 
 def kl_estimate(log_probs, reference_log_probs):
-    """An estimate of KL(π‖ρ) at each token that π sampled, which is never negative:
+    """A never-negative estimate of KL(π‖ρ) at each token that π sampled:
     ρ/π − log ρ/π − 1 (Shao et al. 2024, equation 4). Takes log-probabilities of any shape."""
     log_ratio = reference_log_probs - log_probs
     return log_ratio.exp() - log_ratio - 1
@@ -155,7 +155,7 @@ class FinetuneConfig(train.RunConfig):
     lora_rank: int = 8  # rank of the matrices that LoRA adds
     lora_alpha: float = 16.0  # strength of LoRA: its output times alpha / rank
     lora_dropout: float = 0.0  # share of values zeroed at random in LoRA's input
-    block_size: int = 0  # context length; a longer one trains positions, too (0: the model's)
+    block_size: int = 0  # context length; a longer one trains the positions, too (0: the model's)
     dropout: float = 0.0  # share of values zeroed at random in training, against overfitting
     min_lr: float = 0.0  # learning rate at the end of the decay
     weight_decay: float = 0.0  # pulls matrices toward 0; erodes what the examples do not use
@@ -206,9 +206,9 @@ class Task:
     rate = 1e-3  # the learning rate for a model that is 128 wide; tuned
     columns = ("output",)  # those that hold a row's answers
     labels = None
-    writes_text = True  # after training, rather than giving a label or a score
+    writes_text = True  # the trained model does, rather than giving a label or a score
     curves, lr_scales = ("train_loss", "val_loss"), None  # see train()
-    legend = ""  # explains the figures on the screen
+    legend = ""  # explains the metrics on the screen
 
     def __init__(self, config, machine, base, has_examples=True):
         """base is the checkpoint that training starts from."""
@@ -251,7 +251,7 @@ class Task:
         messages = [*messages, {"role": "assistant", "content": answer}]
         parts = prepare_data.chat_parts(messages, self.tokenizer, self.template)
         self.too_long += sum(len(part) for part, _ in parts) > self.block_size
-        if len(self.columns) == 2:
+        if "rejected" in self.columns:
             parts = [(part, False) for part, _ in parts[:-1]] + parts[-1:]
         elif self.config.loss_on_prompt:
             parts = [(part, True) for part, _ in parts]
@@ -277,14 +277,14 @@ class Task:
         """A linear layer that turns states of the model into labels, or into a score. The head of a
         checkpoint of the same task, with the same labels, is reused."""
         config, base = self.config, self.base
-        is_there = (base.get("task"), base.get("labels")) == (config.task, self.labels)
-        if not (is_there or self.writes_text) and (config.predict or config.eval_only):
+        has_head = (base.get("task"), base.get("labels")) == (config.task, self.labels)
+        if not (has_head or self.writes_text) and (config.predict or config.eval_only):
             raise ValueError(f"{config.init_from} has no head for --task={config.task}: train one")
-        self.pooling = base.get("pooling", "last") if is_there else config.pooling
+        self.pooling = base.get("pooling", "last") if has_head else config.pooling
         self.model["head"] = head = nn.Linear(self.gpt.config.n_embd, outputs)
         nn.init.normal_(head.weight, std=std)
         nn.init.zeros_(head.bias)
-        if is_there:
+        if has_head:
             with damaged(config.init_from):
                 head.load_state_dict(base["head"])
 
@@ -311,7 +311,7 @@ class Task:
         return [self.splits["train"][i] for i in numbers]
 
     def updates(self, step):
-        """The batches of one update; a batch is a list of examples."""
+        """One update, as a list of batches; a batch is a list of examples."""
         count = self.config.gradient_accumulation_steps
         return [[self.batch(step * count + i) for i in range(count)]]
 
@@ -361,9 +361,9 @@ class Task:
         best = {"config": asdict(self.gpt.config), "model": merged_weights(self.gpt)}
         best |= {"task": self.config.task, "template": self.template, "tokenizer": self.spec}
         if self.writes_text:  # for chat: the most questions in one conversation
-            asked = [[m["role"] for m in e.get("messages", [])] for e in self.splits["train"]]
-            turns = max(roles.count("user") for roles in asked)
-            best["turns"] = max(turns, self.base.get("turns", 0))
+            said = [[m["role"] for m in e["messages"]] for e in self.splits["train"]]
+            asked = [roles.count("user") for roles in said]
+            best["turns"] = max(*asked, self.base.get("turns", 0))
         if "head" in self.model:
             head = self.model["head"].state_dict()
             best |= {"head": head, "labels": self.labels, "pooling": self.pooling}
@@ -432,7 +432,7 @@ class Classify(Task):
         if not self.gpt.config.tie_weights:
             self.lr_scales = {"wte.weight": 10}  # as in pretraining: most tokens are rare
         labels = collections.Counter(example["label"] for example in examples)
-        self.labels = sorted(labels) or self.base.get("labels", [])
+        self.labels = sorted(labels) or self.base.get("labels") or []
         if self.config.balance and examples:
             examples.sort(key=lambda example: hash_fraction(example["text"]))
             groups = [[e for e in examples if e["label"] == label] for label in labels]
@@ -602,34 +602,32 @@ class Reward(Task):
         head = {"weight": weight / scores.std(), "bias": (bias - scores.mean()) / scores.std()}
         return {**super().best_checkpoint(), "head": head}
 
-    def score(self, prompts, answers):
-        """The scores of answers to these prompts, each a list of messages: (N,), on the CPU."""
-        examples = [{"rows": [self.row(*pair)]} for pair in zip(prompts, answers)]
-        return torch.cat(self.in_batches(examples, self.scores_of))[:, 0].cpu()
+    def score(self, examples, answers):
+        """The scores of answers to the prompts of these examples, (N,), on the CPU."""
+        rows = [self.row(e["messages"], answer) for e, answer in zip(examples, answers)]
+        return torch.cat(self.in_batches([{"rows": [row]} for row in rows], self.scores_of))[
+            :, 0
+        ].cpu()
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation given as a line of JSON."""
         example = {"messages": [], "output": text}
         if text.startswith("{"):
             example = conversation_of(json.loads(text), "output")
-        print(f"{self.score([example['messages']], [example['output']]).item():+.4f}")
+        print(f"{self.score([example], [example['output']]).item():+.4f}")
 
 
 # --- reinforcement learning -----------------------------------------------------------------------
 
 
-def model_reward(path, machine):
-    """The scores that a reward model gives: a function of examples and answers -> (N,), on the CPU;
-    and the model's digest."""
-    config = FinetuneConfig(task="reward", init_from=path, eval_only=True, batch_size=16)
-    task = Reward(config, machine, load_checkpoint(path), has_examples=False)
-    score = lambda examples, answers: task.score([e["messages"] for e in examples], answers)
-    return score, digest(task.model)
-
-
-def program_reward(path):
-    """The same for the function reward(example, answer) -> float in a Python file, where example is
-    the row of the data, with all its columns."""
+def load_reward(path, machine):
+    """What scores answers: a reward model, or the function reward(example, answer) -> float in a
+    Python file, where example is the row of the data, with all its columns. Returns a function of
+    examples and answers that gives the scores, (N,), and a digest of the model or the file."""
+    if not path.endswith(".py"):
+        config = FinetuneConfig(task="reward", init_from=path, eval_only=True, batch_size=16)
+        task = Reward(config, machine, load_checkpoint(path), has_examples=False)
+        return task.score, digest(task.model)
     source, reward = pathlib.Path(path).read_bytes(), runpy.run_path(path).get("reward")
     if reward is None:
         raise ValueError(f"{path} has no function reward(example, answer)")
@@ -672,10 +670,7 @@ class Policy(Task):
     unfinished = -1.0  # added to the score of an answer that does not end
 
     def set_up(self):
-        path = self.config.reward
-        is_program = path.endswith(".py")
-        found = program_reward(path) if is_program else model_reward(path, self.machine)
-        self.reward, self.inputs["reward"] = found
+        self.reward, self.inputs["reward"] = load_reward(self.config.reward, self.machine)
         self.inputs["init_from"] = digest(self.gpt)
         self.reference = None  # needed only for the penalty
         if self.config.beta > 0:
@@ -799,8 +794,8 @@ class PPO(Policy):
 
 
 def manual_texts():
-    """Yields (where, row): paragraphs of Python's manual, labeled code or prose. Code is what follows
-    the prompt >>> in an example; prose starts with a capital letter and ends with a period."""
+    """Yields (where, row): paragraphs of Python's manual, labeled code or prose. Code follows the
+    prompt >>> of an example; prose starts with a capital letter and ends with a period."""
     found = {"code": {}, "prose": {}}  # {paragraph: its document}
     for group, document in prepare_data.python_manual():
         for text in clean(document).split("\n\n"):
@@ -839,11 +834,8 @@ def read_examples(task):
         splits[split] = encoded(task, path) if path and not config.eval_only else new
         held_out |= {e[key] for e in splits[split] for key in ("group", "text")}
     counts = {split: len(examples) for split, examples in splits.items()}
-    hint = (
-        f" (try --block_size={4 * task.block_size})"
-        if 2 * task.too_long > sum(counts.values())
-        else ""
-    )
+    many = task.too_long > sum(counts.values()) / 2
+    hint = f" (try --block_size={4 * task.block_size})" if many else ""
     print(f"examples: {counts}; {task.too_long} rows were truncated to fit the context{hint}")
     needed = ("test",) if config.eval_only else ("train", "val")
     if not all(counts[split] for split in needed):
@@ -857,12 +849,10 @@ def encoded(task, path):
     for where, row in task.read(path, skipped.append):
         try:
             example = task.encode(row)
+            group = prepare_data.group_of(row, example["text"])
+            examples.append({**example, "group": group, "row": row})
         except ValueError as error:
             skipped.append(f"{where}: {error}")
-        else:
-            examples.append(
-                {**example, "group": prepare_data.group_of(row, example["text"]), "row": row}
-            )
     if skipped and not examples:
         raise ValueError(skipped[0])
     if skipped:
@@ -881,45 +871,48 @@ def split_of(group, config):
     return "test" if HELD_OUT <= place < 2 * HELD_OUT and not config.test else "train"
 
 
-# other names of the columns instruction, input, output and messages
+# other names of the columns messages, instruction, input and output
+MESSAGES = ("messages", "conversations")
 PROMPT = ("instruction", "prompt", "question")
 INPUT = ("input", "context")
 OUTPUT = ("output", "response", "completion", "answer")
-MESSAGES = ("messages", "conversations")
 
 
 def conversation_of(row, *answers):
     """A row -> {"messages": the prompt, [{"role", "content"}, ...]; "text": the same as one string;
-    and each of these answers}. These rows are equivalent:
+    and each of these answers}. These rows are equivalent; all can have a column system:
 
     {"instruction": "add", "input": "1 2", "output": "3"}
     {"messages": [a user's message, the assistant's answer]}
     {"prompt": [a user's message], "output": "3"}             or "chosen" and "rejected"
     {"chosen": [a user's message, the assistant's answer], "rejected": ...}
     """
+    row = {name: value for name, value in row.items() if value not in (None, "", [])}
 
     def find(*names):
         """What the first of these columns holds; a list is one of messages."""
-        value = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+        value = next((row[name] for name in names if name in row), None)
         return list(map(message_of, value)) if isinstance(value, list) else value
 
-    said, prompt = find(*MESSAGES), find(*PROMPT)
+    said, prompt, chosen = find(*MESSAGES), find(*PROMPT), find("chosen")
     found = {name: find(*(OUTPUT if name == "output" else (name,))) for name in answers}
-    if said is None and prompt is None:
-        said = find("chosen")
-        if isinstance(said, str):
-            raise ValueError("no prompt beside chosen: put both into columns, or lists of messages")
+    if said is None and isinstance(chosen, list) and chosen[0]["role"] != "assistant":
+        said = chosen
     if isinstance(said, list):
         # a list that ends with a question is all prompt, if the answers have their own columns
         is_prompt = said[-1]["role"] != "assistant" and None not in found.values()
         messages = said if is_prompt else said[: last_answer(said)]
     elif isinstance(prompt, list):
         messages = prompt
+    elif isinstance(chosen, str) and prompt is None:
+        raise ValueError("no prompt beside chosen: put both into columns, or lists of messages")
     else:
         text = text_of(row, *PROMPT)
         text += f"\n\n### Input:\n{text_of(row, *INPUT)}" if find(*INPUT) else ""
         messages = [{"role": "user", "content": text}]
-    text = "\n".join(clean(message["content"]) for message in messages)
+    if "system" in row:
+        messages = [{"role": "system", "content": text_of(row, "system")}, *messages]
+    text = "\n".join(message["content"] for message in messages)
     if not text.strip():
         raise ValueError("there is no prompt")
     example = {"messages": messages, "text": text}
@@ -940,19 +933,17 @@ def message_of(message):
     if role not in prepare_data.ALPACA:
         raise ValueError(f"a message has the role {role}; drop it, or use system, user, assistant")
     content = message.get("content", message.get("value"))
-    if type(content) is list:
-        texts = [part.get("text") for part in content if type(part) is dict]
-        is_text = len(texts) == len(content) and all(type(text) is str for text in texts)
-        content = "".join(texts) if is_text else None
-    if type(content) is not str:
+    parts = content if type(content) is list else [{"text": content}]
+    texts = [part.get("text") if type(part) is dict else None for part in parts]
+    if not all(type(text) is str for text in texts):
         raise ValueError("a message must be text, or a list of parts of type text")
-    return {"role": role, "content": content}
+    return {"role": role, "content": clean("".join(texts))}
 
 
 def last_answer(messages):
     """The index of the assistant's last message, or past the end if there is none."""
-    said = (i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return max(said, default=len(messages))
+    answers = (i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return max(answers, default=len(messages))
 
 
 def to_row(parts, block_size):
@@ -1020,8 +1011,8 @@ def check(config):
             raise ValueError(f"--{flag}={value}: choose from {', '.join(choices)}")
     if config.predict and task.writes_text:
         raise ValueError("--predict is for --task=classify and --task=reward")
-    if task is Choice and not config.data:
-        raise ValueError("--task=choice needs a file of questions: --data=FILE")
+    if task is Choice and not (config.data and config.eval_only):
+        raise ValueError("--task=choice only evaluates, and needs a file of questions: --data=FILE")
     if issubclass(task, GRPO) and config.group_size < 2:
         raise ValueError(f"--group_size={config.group_size}: must be 2 or more, to compare answers")
     if config.predict or config.eval_only:  # writes nothing
@@ -1030,7 +1021,7 @@ def check(config):
     models = [config.init_from] + ([config.reward] if issubclass(task, Policy) else [])
     for model in models:
         path = pathlib.Path(model).resolve()
-        if out_dir in (path, path.parent):
+        if out_dir == (path if path.is_dir() else path.parent) and path.suffix != ".py":
             raise ValueError(f"--out_dir={config.out_dir} would overwrite {model}, which is read")
 
 
@@ -1084,23 +1075,23 @@ def answer_held_out(task):
 def write_answers(folder, examples, before, after):
     """Prints a few answers from before and after training and how many equal those of the data, and
     writes all to responses.jsonl."""
+    if not examples:
+        return
     lines, hidden = [], ("rows", "row", "group", "text", "prompt")
     for example, old, new in zip(examples, before, after):
-        said = {key: example[key] for key in example if key not in hidden}
-        lines.append(json.dumps({**said, "before": old, "after": new}, ensure_ascii=False) + "\n")
-    if not lines:
-        return
+        fields = {key: example[key] for key in example if key not in hidden}
+        lines.append(json.dumps({**fields, "before": old, "after": new}, ensure_ascii=False) + "\n")
     prepare_data.write_file(folder / "responses.jsonl", "".join(lines).encode())
     print(
-        f"\nanswers to held-out prompts, before (-) and after (+); more in {folder}/responses.jsonl"
+        f"\nanswers to held-out prompts, before (-) and after (+); all in {folder}/responses.jsonl"
     )
     for example, old, new in list(zip(examples, before, after))[:5]:
         print(f"\n{example['messages'][-1]['content']}\n- {old}\n+ {new}")
-    right = [example["row"].get("output") for example in examples]
-    same = [sum(map(operator.eq, answers, right)) for answers in (before, after)]
+    expected = [example.get("output", example["row"].get("output")) for example in examples]
+    same = [sum(map(operator.eq, answers, expected)) for answers in (before, after)]
     if any(same):
         print(
-            f"\nequal to the output in the data: {same[0]} before, {same[1]} after, of {len(right)}"
+            f"\nequal to the output in the data: {same[0]} before, {same[1]} after, of {len(lines)}"
         )
 
 
@@ -1111,6 +1102,8 @@ def main(argv=None):
     saved = None
     if config.init_from == "resume":
         config, saved = train.load_run(FinetuneConfig, {**flags, "out_dir": config.out_dir})
+        if config.eval_only or config.predict:
+            raise ValueError(f"to use the model of that run: --init_from={config.out_dir}")
     check(config)
     train.keep_freed_memory()
     machine = train.Machine(config)

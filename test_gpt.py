@@ -1429,7 +1429,7 @@ def test_fine_tuning_changes_only_what_the_train_flag_names(weights, monkeypatch
     calls, losses = [], finetune.cross_entropy
     record = lambda *args: calls.append(1) or losses(*args)
     monkeypatch.setattr(finetune, "cross_entropy", record)
-    last, best = run_finetune("classify", f"--train={weights}")
+    last, best = run_finetune("classify", f"--train={weights} --dropout=0")
     before = load_checkpoint("base")["model"]
     changed = {name for name in before if not torch.equal(before[name], best["model"][name])}
     block = {name for name in before if name.startswith(("transformer.h.0", "transformer.ln_f"))}
@@ -1720,8 +1720,14 @@ def test_conversations_come_as_texts_or_as_lists_of_messages():
     ):
         found = finetune.conversation_of({**row, "id": ["another", "list"]}, "output")
         assert found == {"messages": user, "text": "hi", "output": "yes"}
-    dolly = {"instruction": "hi", "context": "1 2", "response": "yes"}
+    dolly = {"instruction": "hi", "input": "", "context": "1 2", "response": "yes"}
     assert "1 2" in finetune.conversation_of(dolly, "output")["text"]
+    orca = {"system": "be kind", "question": "hi", "chosen": "yes", "rejected": "no"}
+    system = {"role": "system", "content": "be kind"}
+    assert finetune.conversation_of(orca, "chosen")["messages"] == [system, *user]
+    turns = [*user, *said, {"role": "user", "content": "and?"}]  # chosen has more than prompt
+    whole = {"prompt": "hi", "chosen": turns + said, "rejected": turns + said}
+    assert finetune.conversation_of(whole, "chosen", "rejected")["messages"] == turns
     for row in (
         {"prompt": "hi", "chosen": "yes", "rejected": "no"},
         {"prompt": user, "chosen": said, "rejected": "no"},
@@ -1748,7 +1754,7 @@ BAD_EXAMPLES = {  # what the error must say: task, row
     "line 1: .*list": ("classify", ["a", "b"]),
     "there is no prompt": ("instruct", {"messages": [{**USER, "role": "assistant"}]}),
     "no text in column output": ("instruct", {"messages": [USER]}),
-    "output must be text": ("instruct", {"instruction": "a", "output": ""}),
+    "output must be text": ("instruct", {"instruction": "a", "output": " "}),
     "no text in column instruction or prompt": ("instruct", {"output": "a"}),
     "line 1: a message has the role robot; ": (
         "instruct",
@@ -1851,7 +1857,7 @@ def test_a_reward_model_prefers_and_its_scores_are_standardized_and_what_ppo_rea
     scores = torch.cat(task.in_batches(task.splits["train"], task.scores_of))
     assert (scores.mean().item(), scores.std().item()) == pytest.approx((0, 1), abs=1e-4)
     answers, examples = ["a", "the red dog"], 2 * [{"messages": []}]
-    together = task.score(2 * [[]], answers)  # padding changes nothing
+    together = task.score(examples, answers)  # padding changes nothing
     assert_close(make_task("ppo", "--reward=reward").reward(examples, answers), together)
     for text, score in zip(answers, together.tolist()):
         capsys.readouterr()
