@@ -80,6 +80,7 @@ def made_once(tmp_path_factory):
         "object/meta.json": "{}",
         "list/meta.json": "[1]",
         "words/meta.json": "not JSON",
+        "headless.csv": "a,b\nc,d\n",
         "bird.jsonl": [{"text": "a", "label": "bird"}],
         "cats.jsonl": labeled(40),
         "one_label.jsonl": [{"text": str(i), "label": "b"} for i in range(50)],
@@ -622,6 +623,8 @@ def test_every_kind_of_file_gives_its_documents():
         "a/e.htm": "<title>n</title><p>seven &eacute;<script>n</script> <b>x</b>y</p><pre> z</pre>",
         "a/f": "\ufeff<!DOCTYPE html><svg>no</svg>eight",
         "a/g.JSON": '{"text": "nine"}\n{"text": "ten"}',  # JSON Lines, whatever the name says
+        "a/h.csv": f'text\n"a; b{"c" * 200_000}"\rlast\n',  # one column, a long cell, a lone \r
+        "a/site.css": "no",
         "a/.hidden": "no",
         "a/.folder/x": "no",
     }
@@ -630,7 +633,11 @@ def test_every_kind_of_file_gives_its_documents():
     if hasattr(os, "mkfifo"):  # not on Windows
         os.mkfifo("a/pipe")
     expected = ["zero", "one", "two", "three", "four", "five", "six", "seven é xy\n\n z", "eight"]
-    assert documents_of("b.txt", "a") == [*expected, "nine", "ten"]
+    expected += ["nine", "ten", f"a; b{'c' * 200_000}", "last"]
+    skipped = []
+    assert documents_of("b.txt", "a", skip=skipped.append) == expected
+    assert len(skipped) == 1 and "site.css" in skipped[0]
+    assert documents_of("a/site.css") == ["no"]  # if named, it is read
     with pytest.raises(ValueError, match="an empty name"):  # not the current folder
         documents_of("")
 
@@ -2072,6 +2079,7 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (prepare_data, "another run", "other.txt --out=locked"),
     (prepare_data, "FLAG=100: must be 256 or more", "--vocab_size=100"),
     (prepare_data, "FLAG=0: must be 1 or more", "--bpe_sample_mb=0"),
+    (prepare_data, "FLAG=1.0: must be below 1", "--held_out=1"),
     (train, "another run", "--out_dir=locked"),
     (train, "", f"--seed={LARGE}", f"--max_iters={LARGE}", "--n_embd=10000000"),
     (train, "argument FLAG: invalid", "--compile=", "--n_layer=two", "--learning_rate=nan"),
@@ -2101,6 +2109,7 @@ IMPOSSIBLE = [  # script, what the error must say, flags of one run or more
     (finetune, "base has no head for --task=classify: train one", "--predict=a"),
     (finetune, "--predict is empty", "--predict="),
     (finetune, "begun by another script", "--out_dir=base --init_from=resume"),
+    (finetune, "headless.csv: no column label or text in a, b; no header", "--data=headless.csv"),
     (finetune, "--predict is for --task=classify", "--task=instruct --predict=a"),
     (finetune, "none.csv", "--data=none.csv"),
     (finetune, "give a .jsonl, .json, .csv or .tsv file", "--data=none.txt"),
