@@ -888,14 +888,9 @@ def conversation_of(row, *answers):
     {"chosen": [a user's message, the assistant's answer], "rejected": ...}
     """
     row = {name: value for name, value in row.items() if value not in (None, "", [])}
-
-    def find(*names):
-        """What the first of these columns holds; a list is one of messages."""
-        value = next((row[name] for name in names if name in row), None)
-        return list(map(message_of, value)) if isinstance(value, list) else value
-
-    said, prompt, chosen = find(*MESSAGES), find(*PROMPT), find("chosen")
-    found = {name: find(*(OUTPUT if name == "output" else (name,))) for name in answers}
+    said, prompt, chosen = first_of(row, *MESSAGES), first_of(row, *PROMPT), first_of(row, "chosen")
+    names = {name: OUTPUT if name == "output" else (name,) for name in answers}
+    found = {name: first_of(row, *names[name]) for name in answers}
     if said is None and isinstance(chosen, list) and chosen[0]["role"] != "assistant":
         said = chosen
     if isinstance(said, list):
@@ -908,7 +903,7 @@ def conversation_of(row, *answers):
         raise ValueError("no prompt beside chosen: put both into columns, or lists of messages")
     else:
         text = text_of(row, *PROMPT)
-        text += f"\n\n### Input:\n{text_of(row, *INPUT)}" if find(*INPUT) else ""
+        text += f"\n\n### Input:\n{text_of(row, *INPUT)}" if first_of(row, *INPUT) else ""
         messages = [{"role": "user", "content": text}]
     if "system" in row:
         messages = [{"role": "system", "content": text_of(row, "system")}, *messages]
@@ -922,6 +917,12 @@ def conversation_of(row, *answers):
             value = next((m["content"] for m in value[last_answer(value) :]), None)
         example[name] = text_of(row if value is None else {name: value}, name)
     return example
+
+
+def first_of(row, *names):
+    """What the first of these columns holds that the row has; a list is one of messages."""
+    value = next((row[name] for name in names if name in row), None)
+    return list(map(message_of, value)) if isinstance(value, list) else value
 
 
 def message_of(message):
@@ -1058,6 +1059,15 @@ def choose_settings(task):
     return config
 
 
+def restore_model(task, saved, path):
+    """Gives the model the weights of a last.pt, if the run read the same examples and models."""
+    for name, found in task.inputs.items():
+        if saved.get("inputs", {}).get(name) != found:
+            raise ValueError(f"{path.parent}: {name} differs from what the run started with")
+    with damaged(path):
+        task.model.load_state_dict(saved["model"])
+
+
 def answer_held_out(task):
     """The model's likeliest answers to held-out prompts: (examples, texts). At most
     100, or as many as are sure to have 12,800 tokens together."""
@@ -1123,11 +1133,7 @@ def main(argv=None):
         config = choose_settings(task)
         examples, before = answer_held_out(task)
         if saved:
-            for name, found in task.inputs.items():
-                if saved.get("inputs", {}).get(name) != found:
-                    raise ValueError(f"{folder}: {name} differs from what the run started with")
-            with damaged(folder / "last.pt"):
-                task.model.load_state_dict(saved["model"])
+            restore_model(task, saved, folder / "last.pt")
         else:
             print("before:", train.format_metrics(task.evaluate()), sep="  ")
         train.train(config, machine, task, saved)
