@@ -741,7 +741,8 @@ class GRPO(Policy):
     """Group relative policy optimization (Shao et al. 2024, "DeepSeekMath"): samples several
     answers to each prompt and compares each to its group. The paper averages the loss over the
     tokens of each answer, then over answers, and makes one update per rollout; here, every token
-    weighs the same, and there are epochs × minibatches updates."""
+    weighs the same, as in DAPO (Yu et al. 2025; the paper's average is lenient with long wrong
+    answers: Liu et al. 2025), and there are epochs × minibatches updates."""
 
     def credit(self, rollout):
         """All tokens of an answer get its advantage."""
