@@ -10,12 +10,12 @@
     python finetune.py --task=reward --init_from=out/instruct # learn to score answers
     python finetune.py --task=ppo --init_from=out/instruct    # learn answers that score highly
     python finetune.py --task=grpo --init_from=out/instruct   # the same, without a critic
-    python finetune.py --task=grpo --init_from=out/sums --data=sums.jsonl --reward=exact.py
+    python finetune.py --task=grpo --init_from=out/instruct --reward=five.py  # your own reward
     python finetune.py --task=grpo --help                     # the task's settings
 
-Reading order: the objectives, as functions that can be copied; LoRA; the settings; the
-tasks, each with its loss; reinforcement learning; files and examples. The loop is train.train().
-best.pt is a complete model, with LoRA merged in.
+Reading order: the objectives, as functions that can be copied; LoRA; the settings; the tasks, each
+with its loss; reinforcement learning; files and examples. The loop is train.train(). best.pt is a
+complete model, with LoRA merged in.
 """
 
 import argparse
