@@ -604,10 +604,9 @@ class Reward(Task):
 
     def score(self, examples, answers):
         """The scores of answers to the prompts of these examples, (N,), on the CPU."""
-        rows = [self.row(e["messages"], answer) for e, answer in zip(examples, answers)]
-        return torch.cat(self.in_batches([{"rows": [row]} for row in rows], self.scores_of))[
-            :, 0
-        ].cpu()
+        pairs = zip((example["messages"] for example in examples), answers)
+        scores = self.in_batches([{"rows": [self.row(*pair)]} for pair in pairs], self.scores_of)
+        return torch.cat(scores)[:, 0].cpu()
 
     def predict(self, text):
         """Prints the score of an answer, or of a conversation given as a line of JSON."""
@@ -1070,8 +1069,8 @@ def restore_model(task, saved, path):
 
 
 def answer_held_out(task):
-    """The model's likeliest answers to held-out prompts: (examples, texts). At most
-    100, or as many as are sure to have 12,800 tokens together."""
+    """The model's likeliest answers to held-out prompts: (examples, texts). At most 100, or more if
+    they are short: at most 12,800 tokens in all."""
     if not task.writes_text:
         return [], []
     held_out = task.splits["test"] or task.splits["val"]
@@ -1093,17 +1092,13 @@ def write_answers(folder, examples, before, after):
         fields = {key: example[key] for key in example if key not in hidden}
         lines.append(json.dumps({**fields, "before": old, "after": new}, ensure_ascii=False) + "\n")
     prepare_data.write_file(folder / "responses.jsonl", "".join(lines).encode())
-    print(
-        f"\nanswers to held-out prompts, before (-) and after (+); all in {folder}/responses.jsonl"
-    )
+    print(f"\nfrom {folder}/responses.jsonl, answers before (-) and after (+) training:")
     for example, old, new in list(zip(examples, before, after))[:5]:
         print(f"\n{example['messages'][-1]['content']}\n- {old}\n+ {new}")
     expected = [example.get("output", example["row"].get("output")) for example in examples]
     same = [sum(map(operator.eq, answers, expected)) for answers in (before, after)]
     if any(same):
-        print(
-            f"\nequal to the output in the data: {same[0]} before, {same[1]} after, of {len(lines)}"
-        )
+        print(f"\nequal to the data's output: {same[0]} before, {same[1]} after, of {len(lines)}")
 
 
 def main(argv=None):

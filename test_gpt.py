@@ -1663,7 +1663,7 @@ def test_instruction_tuning_is_measured_and_answers_before_and_after(capsys):
     assert {line["messages"][0]["content"] for line in answers} == test
     out = capsys.readouterr().out
     assert re.search(r"\ninstruct/best.pt, from step \d00:\n(.*\n)*test +loss", out)
-    assert f"equal to the output in the data: 0 before, {len(answers)} after" in out
+    assert f"equal to the data's output: 0 before, {len(answers)} after" in out
     assert load_checkpoint("instruct/best.pt")["turns"] == 1
     assert finetune.evenly_spaced(range(250), 100) == range(0, 250, 3)  # over all
 
