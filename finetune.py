@@ -195,7 +195,7 @@ TASK_DEFAULTS = {
 
 
 class Task:
-    """The part of train()'s interface that all tasks share. Each task adds
+    """The part of train()'s interface that all tasks share. A task defines, or overrides,
 
     encode(row)       a row of a file -> an example: {"rows": [(idx, targets), ...] as in to_row,
                       "text": the text or prompt, and more}; raises ValueError for a bad row
@@ -470,7 +470,7 @@ class Classify(Task):
         return {"loss": loss, "label_loss": label_loss, "accuracy": accuracy}
 
     def rank(self, row):
-        """The best model is the most accurate one; of several, that with the lowest loss."""
+        """The best model is the most accurate; among equals, the one with the lowest loss."""
         return [-row["val_accuracy"], row["val_loss"]]
 
     def report(self, folder=None):
@@ -810,7 +810,8 @@ def manual_texts():
 
 def manual_answers():
     """Yields (where, row): "Explain NAME(ARGUMENTS).", with the first sentence of its docstring as
-    the answer. The rejected answer explains something else, mostly of a module nearby."""
+    the answer. The rejected answer explains something else: the entry 50 places before, which is
+    mostly in the same split, since both are ordered by the hash of the module."""
     explained = []
     for module, title, text in sorted(library_docstrings(), key=lambda doc: hash_fraction(doc[0])):
         paragraph = " ".join(clean(text).split("\n\n")[0].split())

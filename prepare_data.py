@@ -150,13 +150,15 @@ def download(url):
 
 def read_json(path, skip=refuse):
     """Yields (where, item): each line of JSON Lines, or each item of the list in a .json file."""
-    # objects on lines of their own, without commas, are JSON Lines, despite the name .json
-    if path.suffix.lower() == ".json" and not re.search(rb"}[ \t\r]*\n\s*{", path.read_bytes()):
-        with damaged(path):
-            whole = json.loads(path.read_bytes())
-        items = whole if isinstance(whole, list) else [whole]
-        yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
-        return
+    if path.suffix.lower() == ".json":
+        data = path.read_bytes()
+        # objects on lines of their own, without commas, are JSON Lines, despite the name
+        if not re.search(rb"}[ \t\r]*\n\s*{", data):
+            with damaged(path):
+                whole = json.loads(data)
+            items = whole if isinstance(whole, list) else [whole]
+            yield from ((f"{path}, item {n}", item) for n, item in enumerate(items, 1))
+            return
     with open(path, "rb") as file:
         for n, line in enumerate(file, 1):
             try:
@@ -328,9 +330,9 @@ def hash_fraction(key):
 
 def split_documents(files, config, skip, dropped):
     """Yields (split, text) of each distinct document, cleaned; dropped counts the others. A hash of
-    its group or text decides the split, as in finetune.py: with held_out = 0.2, val is what that
-    validates and tests on. Of a document without a group that is longer than 1/200 of the input,
-    the end is val."""
+    its group or text decides the split, as in finetune.py, so that held_out = 0.2 puts the examples
+    that finetune.py validates and tests on into val. A document without a group that is longer than
+    1/200 of the input is divided: its end goes to val."""
     held_out = config.held_out or (HELD_OUT if files else 2 * HELD_OUT)
     large = max(1 / held_out, sum(path.stat().st_size for path in files) / 200)
     separator = config.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")

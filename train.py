@@ -338,7 +338,7 @@ def train(config, machine, task, saved=None):
     count(batch)            the number of these losses
     tokens(batch)           the number of tokens in the batch
     evaluate()              {"val_loss": ..., and other columns of metrics.csv}
-    rank(row)               what is lowest, as a list, in the row of metrics.csv of the best model
+    rank(row)               numbers from an evaluation; best.pt is the model with the lowest list
     checkpoint()            what last.pt holds besides the state of the run
     best_checkpoint()       what best.pt holds
     model, lr_scales        see configure_optimizer()
